@@ -11,7 +11,9 @@ derives positions.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
@@ -292,6 +294,17 @@ def merge_params(frozen: Params, trained: Params) -> Params:
   }
 
 
-def has_stop(batch: Batch, eos: int) -> Bool[Array, " batch"]:
-  """Returns whether each response contains the EOS token."""
-  return jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
+def is_stop(
+  tokens: Int[AnyArray, "*rows"], stops: Sequence[int]
+) -> Bool[AnyArray, "*rows"]:
+  """Returns whether each token is one of the EOS tokens `stops`, of which one exists.
+
+  >>> is_stop(np.array([3, 7, 5]), (5, 7)).tolist()
+  [False, True, True]
+  """
+  return functools.reduce(operator.or_, [tokens == stop for stop in stops])
+
+
+def has_stop(batch: Batch, stops: Sequence[int]) -> Bool[Array, " batch"]:
+  """Returns whether each response contains one of the EOS tokens `stops`."""
+  return jnp.any(is_stop(batch.tokens, stops) & batch.loss_mask, axis=1)

@@ -16,7 +16,7 @@ from transformers import LlavaConfig
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data import stop_tokens, tokenization
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import clip, projector, vlm
 from vlmrlaif_jax.runtime import loading
@@ -38,7 +38,7 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
   if run_lib.has_separate_reward_model(config):
     size = model.reward_model_size or model.size
     scorer = _load(model, model.reward_model_path, size, mesh)
-  tokenizer, template = _load_tokenizer(model.path, model.template)
+  tokenizer, template, stops = _load_tokenizer(model.path, model.template)
   return loading.create_run_of_models(
     config,
     pathlib.Path(),
@@ -47,6 +47,7 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     scorer,
     tokenizer,
     template,
+    stops,
     convert.load_processor(pathlib.Path(), policy[0], model.frames),
     ABSTRACT_ARRAYS,
   )
@@ -119,7 +120,7 @@ def _make_known_config(size: str) -> convert.HfConfig:
 
 @functools.lru_cache
 def _load_tokenizer(path: str, template: str):
-  """Returns a checkpoint's tokenizer and template, or the built-in ones.
+  """Returns a checkpoint's tokenizer, template and EOS ids, or the built-in ones.
 
   A plan depends only on a few ids and on the length of a prompt.
   """
@@ -129,4 +130,6 @@ def _load_tokenizer(path: str, template: str):
     folder = checkpoint_layouts.find_tokenizer_folder(checkpoint)
   else:
     folder, template = run_lib.resolve_checkpoint(run_lib.BUILTIN + "tiny"), "brief"
-  return tokenization.load_tokenizer(folder), tokenization.get_template(template)
+  tokenizer = tokenization.load_tokenizer(folder)
+  own = tokenization.get_template(template)
+  return tokenizer, own, stop_tokens.read_stops(folder, tokenizer, own)

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.jsonl import JsonRow
-from vlmrlaif_jax.core.types import Batch, Params
-from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.core.types import Batch, Params, is_stop
+from vlmrlaif_jax.data import stop_tokens, tokenization
 from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
@@ -106,7 +106,7 @@ def answer_requests(
       (sampled.batch.tokens, sampled.batch.loss_mask)
     )
     texts = tokenization.decode_responses(run.tokenizer, tokens, mask)
-    stopped = np.any((tokens == run.eos) & mask, axis=1)
+    stopped = np.any(is_stop(tokens, run.stops) & mask, axis=1)
     flat = [VideoReply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
     row_replies = [
       flat[i * n : (i + 1) * n] if fits[i] else [VideoReply("", False, False)] * n
@@ -141,24 +141,14 @@ def make_generate_settings(run: Run, sampling: SamplingSettings) -> dict[str, An
   )
 
 
-def get_token_ids(run: Run) -> dict[str, int]:
-  """Returns `eos`, `pad` and `vocab` of a run's tokenizer.
+def get_token_ids(run: Run) -> dict[str, Any]:
+  """Returns `stops`, `pad` and `vocab` of a run, as `generate` takes them.
 
   `vocab` is the number of ids that may be sampled. It excludes the special tokens at
   the end of the vocabulary.
   """
-  tokenizer = run.tokenizer
-  vocab = count_sampled_ids(tokenizer, run.eos)
-  return dict(eos=run.eos, pad=tokenizer.pad_token_id, vocab=vocab)
-
-
-def count_sampled_ids(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
-  """Returns how many ids may be sampled; all others have higher numbers."""
-  vocab = len(tokenizer)
-  added = [i for i in tokenizer.added_tokens_decoder if i > eos]
-  while vocab - 1 in added:
-    vocab -= 1
-  return vocab
+  vocab = stop_tokens.count_sampled_ids(run.tokenizer, run.stops)
+  return dict(stops=run.stops, pad=run.tokenizer.pad_token_id, vocab=vocab)
 
 
 def deal_round_robin(count: int, shards: int) -> Int[np.ndarray, " count"]:
@@ -277,7 +267,12 @@ class Answerer(NamedTuple):
       count=len(queries),
       batch=BATCHES * self.sampling.batch,
       fingerprint=resumable.compute_fingerprint(
-        self.variables, self.sampling.cache_key(), run.config.seed, run.template, keys
+        self.variables,
+        self.sampling.cache_key(),
+        run.config.seed,
+        run.template,
+        run.stops,
+        keys,
       ),
       on_progress=on_done,
     )

@@ -55,7 +55,8 @@ class Run(NamedTuple):
   reward_model_base: Params
   tokenizer: tokenization.PreTrainedTokenizerBase
   template: tokenization.Template
-  eos: int  # Id of the EOS token.
+  # Ids of the EOS tokens, which end a response; the template's own end is first.
+  stops: tuple[int, ...]
   splits: pipeline.Splits
   features: features.FeatureStore
   processor: interface.Processor  # Reads videos as the family of the policy does.

@@ -91,7 +91,7 @@ def made_up_run(workdir, **settings):
   files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, reward_model=None,
-    base=None, reward_model_base=None, tokenizer=None, template=None, eos=0,
+    base=None, reward_model_base=None, tokenizer=None, template=None, stops=(0,),
     processor=LlavaProcessor(5, 16, 4), splits=pipeline.Splits(prompts=examples),
     features=features.FeatureStore(files, {}, {}, {}),
   )  # fmt: skip
