@@ -167,7 +167,8 @@ def make_prompt_batch(
 
   Args:
     run: the run whose tokenizer, template and features are used.
-    queries: a request for each row; the row of a None is all padding.
+    queries: a request for each row. The row of a None, or of a prompt that does not
+      fit, is all padding.
     prompt_len: maximum length of a prompt, in tokens.
 
   Returns:
@@ -178,6 +179,8 @@ def make_prompt_batch(
   own = distributed.local_rows(len(queries), run.mesh)
   videos = [filled_up[i] for i in own]
   video = np.stack([run.features.get(q.video, q.start, q.stop) for q in videos])
+  if run.processor.layout is None:
+    video = video[:, :prompt_len]  # A prompt that fits has no more features.
   layouts = [run.lay_out_video(q.video, q.start, q.stop) for q in filled_up]
   encoded = [
     encode_prompt(run, [*q.history, (q.prompt, None)], tokens)
@@ -187,16 +190,13 @@ def make_prompt_batch(
     tokenization.is_within_lengths(e, prompt_len=prompt_len, response_len=0)
     for e in encoded
   ]
-  empty = encode_prompt(run, [("", None)], layouts[0])
-  encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
   rows = tokenization.pad_rows(
-    [encoded[i] for i in own],
+    [encoded[i] if queries[i] and fits[i] else encoded[i].truncate(0) for i in own],
     prompt_len=prompt_len,
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )
-  is_request = np.array([queries[i] is not None for i in own])
-  return Batch(video, *rows._replace(mask=rows.mask & is_request[:, None])), fits
+  return Batch(video, *rows), fits
 
 
 def encode_prompt(

@@ -89,10 +89,13 @@ def run_label_stage(
     The content of rates.json; see compute_label_rates.
 
   Raises:
-    UserError: A block contains other prompts, or the ground truth is unknown.
+    UserError: A block contains other prompts, the ground truth is unknown, or a prompt
+      for captions is too long.
   """
   variables = role_params.load_judge(run, "sft")
   prompts = run.splits.prompts
+  if run.config.label.judge != "truth":
+    captioning.check_clips(run, prompts, run.config.label.context)
   log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
   rows: list[JsonRow] = []
   phases = PhaseTimer()
