@@ -13,7 +13,7 @@ derives positions.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax creates it.
 AnyArray: TypeAlias = Array | np.ndarray  # NumPy on the host, JAX on devices.
+Stops: TypeAlias = tuple[int, ...]  # Ids of the EOS tokens, which end a response.
 Metrics: TypeAlias = dict[str, Array]  # Name -> scalar.
 Phase: TypeAlias = Callable[[str], AbstractContextManager]  # See PhaseTimer.
 
@@ -294,10 +295,8 @@ def merge_params(frozen: Params, trained: Params) -> Params:
   }
 
 
-def is_stop(
-  tokens: Int[AnyArray, "*rows"], stops: Sequence[int]
-) -> Bool[AnyArray, "*rows"]:
-  """Returns whether each token is one of the EOS tokens `stops`, of which one exists.
+def is_stop(tokens: Int[AnyArray, "*rows"], stops: Stops) -> Bool[AnyArray, "*rows"]:
+  """Returns whether each token is an EOS token. There is at least one of them.
 
   >>> is_stop(np.array([3, 7, 5]), (5, 7)).tolist()
   [False, True, True]
@@ -305,6 +304,6 @@ def is_stop(
   return functools.reduce(operator.or_, [tokens == stop for stop in stops])
 
 
-def has_stop(batch: Batch, stops: Sequence[int]) -> Bool[Array, " batch"]:
-  """Returns whether each response contains one of the EOS tokens `stops`."""
+def has_stop(batch: Batch, stops: Stops) -> Bool[Array, " batch"]:
+  """Returns whether each response contains an EOS token."""
   return jnp.any(is_stop(batch.tokens, stops) & batch.loss_mask, axis=1)

@@ -6,12 +6,12 @@ with the end token of the conversation template, on which SFT trains.
 """
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.files import read_json
+from vlmrlaif_jax.core.types import Stops
 from vlmrlaif_jax.data import templates, tokenization
 
 # Settings that change greedy decoding -> the value that disables each, as null does.
@@ -49,7 +49,7 @@ def read_stops(
   folder: pathlib.Path,
   tokenizer: PreTrainedTokenizerBase,
   template: tokenization.Template,
-) -> tuple[int, ...]:
+) -> Stops:
   """Returns the ids of the tokens that end a response, the template's own first.
 
   Ids that are no special token of the tokenizer are left out, because a text may
@@ -70,7 +70,7 @@ def read_stops(
   return tuple(dict.fromkeys([own, *more]))
 
 
-def count_sampled_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
+def count_sampled_ids(tokenizer: PreTrainedTokenizerBase, stops: Stops) -> int:
   """Returns how many ids may be sampled; all others have higher numbers.
 
   They exclude the special tokens at the end of the vocabulary, after all EOS tokens.
@@ -106,7 +106,7 @@ def describe_generation(
   used = {key: values[key] for key in _CHANGES_GREEDY if key in values}
   if known and isinstance(ids := used.get("suppress_tokens"), list):
     # Exports list the ids that are never sampled.
-    count = count_sampled_ids(tokenizer, known)
+    count = count_sampled_ids(tokenizer, tuple(known))
     used["suppress_tokens"] = [i for i in ids if i < count]
   changes = [
     f"{key}={str(value)[:60]}"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vlmrlaif_jax.core import distributed
-from vlmrlaif_jax.core.types import is_stop
+from vlmrlaif_jax.core.types import Stops, is_stop
 from vlmrlaif_jax.data.prompts import Prompts
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.pairwise_judge import (
@@ -188,7 +188,7 @@ def make_score_fn(
   examples: Sequence[Example],
   read: Callable[[np.ndarray, np.ndarray], Sequence[str]],
   *,
-  stops: Sequence[int],
+  stops: Stops,
 ) -> Callable[[Any, Any], Any]:
   """Returns a scorer for Parts.score that runs on the host, outside jit.
 

@@ -16,6 +16,7 @@ from vlmrlaif_jax.core.types import (
   Batch,
   Groups,
   Params,
+  Stops,
   continue_positions,
   has_stop,
 )
@@ -55,7 +56,7 @@ def compute_scalar_scores(
 
 
 def compute_stop_penalty(
-  batch: Batch, stops: Sequence[int], *, penalty: float
+  batch: Batch, stops: Stops, *, penalty: float
 ) -> Float[Array, " batch"]:
   """Returns `penalty`, below 0, for responses without EOS (VLM-RLAIF: -8)."""
   return jnp.where(has_stop(batch, stops), 0.0, penalty)
@@ -72,7 +73,7 @@ def make_reward_fn(
   model: VLM,
   *,
   suffix: Sequence[int],
-  stops: Sequence[int],
+  stops: Stops,
   penalty: float,
   length_coef: float,
   max_response_len: int,

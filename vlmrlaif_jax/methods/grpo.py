@@ -21,6 +21,7 @@ from vlmrlaif_jax.core.types import (
   Loss,
   Method,
   MethodModels,
+  Stops,
   group_rows,
   has_stop,
   merge_params,
@@ -167,12 +168,7 @@ def default_config() -> ConfigDict:
 
 
 def make(
-  config: ConfigDict,
-  parts: MethodModels,
-  *,
-  max_new: int,
-  stops: tuple[int, ...],
-  **limits: int,
+  config: ConfigDict, parts: MethodModels, *, max_new: int, stops: Stops, **limits: int
 ) -> Method:
   """Returns GRPO, which trains the role "policy".
 

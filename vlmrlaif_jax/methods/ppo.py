@@ -19,6 +19,7 @@ from vlmrlaif_jax.core.types import (
   MethodModels,
   Params,
   Rollout,
+  Stops,
   has_stop,
   merge_params,
 )
@@ -64,12 +65,7 @@ def default_config() -> ConfigDict:
 
 
 def make(
-  config: ConfigDict,
-  parts: MethodModels,
-  *,
-  max_new: int,
-  stops: tuple[int, ...],
-  **limits: int,
+  config: ConfigDict, parts: MethodModels, *, max_new: int, stops: Stops, **limits: int
 ) -> Method:
   """Returns PPO, which trains the roles "policy" and "critic".
 

@@ -14,7 +14,7 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
-from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.core.types import Params, Stops
 from vlmrlaif_jax.data import features, pipeline, records, stop_tokens, tokenization
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.video import VideoPath
@@ -137,7 +137,7 @@ def create_run_of_models(
   reward_model: tuple[vlm.VLM, Params],
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
-  stops: tuple[int, ...],
+  stops: Stops,
   processor: Processor,
   arrays: ArrayFactory = SAVED,
 ) -> Run:

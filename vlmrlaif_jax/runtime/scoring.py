@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from vlmrlaif_jax.core import distributed, sharding
-from vlmrlaif_jax.core.types import Batch, Groups, Params, group_rows, is_stop
+from vlmrlaif_jax.core.types import Batch, Groups, Params, Stops, group_rows, is_stop
 from vlmrlaif_jax.data import records, tokenization
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.data.video import VideoPath
@@ -86,7 +86,7 @@ def score_in_batches(
 
 @functools.lru_cache
 def make_answer_logps(
-  model: vlm.VLM, start: int, stops: tuple[int, ...]
+  model: vlm.VLM, start: int, stops: Stops
 ) -> Callable[[Params, Batch], tuple[Float[Array, " batch"], Float[Array, " batch"]]]:
   """Returns a jitted function of variables and a batch of responses.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vlmrlaif_jax.core.types import Batch, Params, get_next_positions, is_stop
+from vlmrlaif_jax.core.types import Batch, Params, Stops, get_next_positions, is_stop
 from vlmrlaif_jax.models.layers import KVCache
 from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.token_sampling import sample_token
@@ -25,7 +25,7 @@ class DecodeSettings(NamedTuple):
   temperature: float | Float[Array, ""]  # An array must be above 0.
   top_p: float
   top_k: int
-  stops: tuple[int, ...]
+  stops: Stops
   pad: int
   vocab: int | None
 

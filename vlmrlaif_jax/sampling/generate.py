@@ -14,6 +14,7 @@ from vlmrlaif_jax.core.types import (
   Groups,
   PackedBatch,
   Params,
+  Stops,
   continue_positions,
 )
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
@@ -60,7 +61,7 @@ def generate(
   temperature: float,
   top_p: float = 1.0,
   top_k: int = 0,
-  stops: tuple[int, ...],
+  stops: Stops,
   pad: int,
   samples: int = 1,
   ids: Int[Array, " batch"] | None = None,
