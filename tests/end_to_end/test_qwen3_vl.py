@@ -1,18 +1,22 @@
 """A tiny Qwen3-VL runs the stages that train, and is exported for transformers."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 import transformers
 
 from tests.helpers import qwen, small
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.serving import export
 
-STAGES = ("sft_short", "sft_long", "rm", "ppo", "dpo", "grpo")
+STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "dpo", "grpo")
+TRAINED = tuple(stage for stage in STAGES if stage != "label")
 
 
 def settings(checkpoint, world):
@@ -21,6 +25,8 @@ def settings(checkpoint, world):
     "data.response_len": 192, "sft.pack_len": 512, "ppo.batch_size": 8,
     "dpo.batch_size": 4, "dpo.preferences": str(world / "preferences.jsonl"),
     "grpo.batch_size": 8, "grpo.samples": 2, "rm.steps": 1,
+    "label.context": "all", "label.caption_prompt_len": 160, "label.caption_max_new": 6,
+    "label.judge_prompt_len": 2048, "label.judge_max_new": 2,
   }  # fmt: skip
   for stage in ("ppo", "dpo", "grpo"):
     changed[f"{stage}.steps"] = 1
@@ -38,7 +44,7 @@ def root(tiny_world, tmp_path_factory):
   return root
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TRAINED)
 def test_a_stage_trains(root, stage):
   (first, *_) = small.metrics(root / "run" / stage)
   assert first["step"] == 1 and all(np.isfinite(list(first.values())))
@@ -48,6 +54,23 @@ def test_a_stage_trains(root, stage):
 def test_log_probabilities_of_sampling_are_those_of_training(root, stage):
   (first, *_) = small.metrics(root / "run" / stage)
   assert abs(first["kl"]) < 1e-5
+
+
+def test_the_judge_reads_the_captions_of_all_clips_of_a_video(root):
+  """Clips of two frames are one temporal patch each."""
+  folder = root / "run" / "label"
+  captions = jsonl.read_jsonl(folder / "captions.jsonl")
+  spans = {}
+  for row in captions:
+    spans.setdefault(row["video"], []).append((row["start"], row["stop"]))
+  features = root / "run" / "features"
+  for video, own in spans.items():
+    time, *_ = json.loads((features / f"{video}.json").read_text())["grid"]
+    assert own == [(at, at + 1) for at in range(time)] and time > 1
+  said = {row["caption"].strip() for row in captions} - {""}
+  rows = jsonl.read_jsonl(folder / "blocks" / "block_00000.jsonl")
+  assert any(row["verdicts"] for row in rows)  # Some prompts of the judge fit.
+  assert len(said) > 1 and all(any(x in row["narrative"] for x in said) for row in rows)
 
 
 def test_an_export_is_read_by_transformers_and_is_the_policy(root, tiny_world):

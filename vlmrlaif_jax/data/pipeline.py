@@ -7,7 +7,7 @@ converts examples to rows. `shuffled_row_indices` selects the rows of a step.
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -271,6 +271,7 @@ def tokenize_examples(
     The examples that fit, their token rows, and the skipped records.
   """
   fitting, encoded, problems = [], [], []
+  lengths: dict[str, Any] = {"prompt_len": prompt_len, "response_len": response_len}
   for example in examples:
     question = example["question"]
     turns: templates.Turns = [(question, None)]
@@ -283,9 +284,7 @@ def tokenize_examples(
       video=lay_out(example["video"]),
       loss=example.get("loss") if answered else None,
     )
-    if tokenization.is_within_lengths(
-      row, prompt_len=prompt_len, response_len=response_len
-    ):
+    if tokenization.is_within_lengths(row, **lengths):
       fitting.append(example)
       encoded.append(row)
     else:
@@ -297,10 +296,5 @@ def tokenize_examples(
           f"{names[0]} is {prompt_len} and {names[1]} {response_len}",
         )
       )
-  rows = tokenization.pad_rows(
-    encoded,
-    prompt_len=prompt_len,
-    response_len=response_len,
-    pad=tokenizer.pad_token_id,
-  )
+  rows = tokenization.pad_rows(encoded, **lengths, pad=tokenizer.pad_token_id)
   return fitting, rows, problems

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import stop_tokens
 from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
@@ -275,7 +276,7 @@ def _check_tokenizer(folder: Path, vocab: int) -> list[str]:
   """Checks that the embedding has a row for every id of the tokenizer.
 
   Returns:
-    Notes about settings of the tokenizer that are not used.
+    Notes about settings of the tokenizer and of generation that are not used.
   """
   if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
     return []
@@ -287,9 +288,12 @@ def _check_tokenizer(folder: Path, vocab: int) -> list[str]:
       f"is {vocab}. Give the model's own tokenizer, or resize the model to the added "
       "tokens."
     )
+  notes = stop_tokens.describe_generation(folder, tokenizer)
   if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
-    return ["add_eos_token of the tokenizer is not used: the template ends answers"]
-  return []
+    notes.append(
+      "add_eos_token of the tokenizer is not used: the template ends answers"
+    )
+  return notes
 
 
 def _check_values(config: HfConfig, **supported):

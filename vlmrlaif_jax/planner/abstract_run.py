@@ -16,10 +16,10 @@ from transformers import LlavaConfig
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data import stop_tokens, tokenization
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import clip, projector, vlm
-from vlmrlaif_jax.runtime import loading
+from vlmrlaif_jax.runtime import loading, video
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.arrays import ArrayFactory, add_shardings
 from vlmrlaif_jax.runtime.run import Run
@@ -40,7 +40,7 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     size = model.reward_model_size or model.size
     other = _find_config(model.reward_model_path, model.tower, size)
     scorer = _make_model(model, other, mesh)
-  tokenizer, template = _load_tokenizer(model.path, model.template)
+  tokenizer, template, stops = _load_tokenizer(model.path, model.template)
   folder = pathlib.Path(model.path)
   if model.path.startswith(run_lib.BUILTIN):
     folder = run_lib.resolve_checkpoint(model.path)
@@ -52,11 +52,11 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     scorer,
     tokenizer,
     template,
-    loading.load_processor(config, folder, published, policy[0]),
+    stops,
+    convert.load_processor(folder, published, policy[0], model.frames),
     ABSTRACT_ARRAYS,
   )
-  longest = {"": run.processor.max_layout}
-  length = video.find_length(run.processor, longest.values())
+  length = video.find_length(run.processor, [run.processor.max_layout])
   return run._replace(features=run.features._replace(length=length))
 
 
@@ -127,7 +127,7 @@ def _make_known_config(size: str) -> convert.HfConfig:
 
 @functools.lru_cache
 def _load_tokenizer(path: str, template: str):
-  """Returns a checkpoint's tokenizer and template, or the built-in ones.
+  """Returns a checkpoint's tokenizer, template and EOS ids, or the built-in ones.
 
   A plan depends only on a few ids and on the length of a prompt.
   """
@@ -137,4 +137,6 @@ def _load_tokenizer(path: str, template: str):
     folder = checkpoint_layouts.find_tokenizer_folder(checkpoint)
   else:
     folder, template = run_lib.resolve_checkpoint(run_lib.BUILTIN + "tiny"), "brief"
-  return tokenization.load_tokenizer(folder), tokenization.get_template(template)
+  tokenizer = tokenization.load_tokenizer(folder)
+  own = tokenization.get_template(template)
+  return tokenizer, own, stop_tokens.read_stops(folder, tokenizer, own)

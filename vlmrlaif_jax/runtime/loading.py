@@ -14,8 +14,8 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
-from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features, pipeline, records, tokenization
+from vlmrlaif_jax.core.types import Params, Stops
+from vlmrlaif_jax.data import features, pipeline, records, stop_tokens, tokenization
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
@@ -113,9 +113,8 @@ def load_run_without_data(
     other = run_lib.resolve_checkpoint(model.reward_model_path or model.path)
     if other != folder:
       reward_model, reward_model_base, published = load_model(model, other, mesh, note)
-  tokenizer = tokenization.load_tokenizer(
-    checkpoint_layouts.find_tokenizer_folder(folder)
-  )
+  tokenizer_folder = checkpoint_layouts.find_tokenizer_folder(folder)
+  tokenizer = tokenization.load_tokenizer(tokenizer_folder)
   template = tokenization.get_template(model.template)
   run = create_run_of_models(
     config,
@@ -125,6 +124,7 @@ def load_run_without_data(
     (reward_model, reward_model_base),
     tokenizer,
     template,
+    stop_tokens.read_stops(tokenizer_folder, tokenizer, template),
     processor,
   )
   return run, published
@@ -138,14 +138,11 @@ def create_run_of_models(
   reward_model: tuple[vlm.VLM, Params],
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
+  stops: Stops,
   processor: Processor,
   arrays: ArrayFactory = SAVED,
 ) -> Run:
-  """Returns a run of models and their frozen variables, without data and videos.
-
-  Raises:
-    ValueError: the tokenizer has no EOS token for this template.
-  """
+  """Returns a run of models and their frozen variables, without data and videos."""
   return Run(
     config=config,
     workdir=workdir,
@@ -156,7 +153,7 @@ def create_run_of_models(
     reward_model_base=reward_model[1],
     tokenizer=tokenizer,
     template=template,
-    eos=tokenization.find_eos_id(tokenizer, template),
+    stops=stops,
     splits=pipeline.Splits(),
     features=features.FeatureStore({}, {}, {}, {}),
     processor=processor,

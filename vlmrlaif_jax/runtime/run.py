@@ -18,7 +18,7 @@ from vlmrlaif_jax.core.errors import (
   user_errors,
 )
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
-from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.core.types import Params, Stops
 from vlmrlaif_jax.data import features, pipeline, tokenization
 from vlmrlaif_jax.data.processors import interface
 from vlmrlaif_jax.data.prompts import PROMPT_STYLES, Prompts
@@ -55,7 +55,8 @@ class Run(NamedTuple):
   reward_model_base: Params
   tokenizer: tokenization.PreTrainedTokenizerBase
   template: tokenization.Template
-  eos: int  # Id of the EOS token.
+  # Ids of the EOS tokens, which end a response; the template's own end is first.
+  stops: Stops
   splits: pipeline.Splits
   features: features.FeatureStore
   processor: interface.Processor  # Reads videos as the family of the policy does.

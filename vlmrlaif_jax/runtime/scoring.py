@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from vlmrlaif_jax.core import distributed, sharding
-from vlmrlaif_jax.core.types import Batch, Groups, Params, group_rows
+from vlmrlaif_jax.core.types import Batch, Groups, Params, Stops, group_rows, is_stop
 from vlmrlaif_jax.data import records, tokenization
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.data.video import VideoPath
@@ -86,19 +86,21 @@ def score_in_batches(
 
 @functools.lru_cache
 def make_answer_logps(
-  model: vlm.VLM, start: int, eos: int
+  model: vlm.VLM, start: int, stops: Stops
 ) -> Callable[[Params, Batch], tuple[Float[Array, " batch"], Float[Array, " batch"]]]:
   """Returns a jitted function of variables and a batch of responses.
 
   It returns the sums of log-probabilities in nats at temperature 1: with the EOS token
-  and without it. `start` is the number of prompt columns.
+  and without it; `stops` are the EOS tokens. `start` is the number of prompt columns.
   """
 
   def logps(variables, batch):
     each, _ = compute_response_logps(
       model, variables, batch, start=start, chunk=128, temperature=1.0
     )
-    return each.sum(axis=1), jnp.where(batch.tokens == eos, 0.0, each).sum(axis=1)
+    return each.sum(axis=1), jnp.where(is_stop(batch.tokens, stops), 0.0, each).sum(
+      axis=1
+    )
 
   return jax.jit(logps)
 

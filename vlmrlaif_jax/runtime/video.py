@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, records, tokenization
 from vlmrlaif_jax.data.processors.interface import (
   ProcessedVideo,
+  Processor,
+  Visual,
   count_features,
   lay_out,
 )

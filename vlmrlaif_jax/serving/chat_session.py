@@ -146,7 +146,7 @@ def _make_judge(run: Run, policies: dict[str, Params], last: str) -> ChatJudge |
   reference = policies.get(role_params.get_start_stage(last), policies["sft"])
 
   def score(batch: Batch, start: int) -> Float[AnyArray, " batch"]:
-    compute_logps = scoring.make_answer_logps(run.policy, start, run.eos)
+    compute_logps = scoring.make_answer_logps(run.policy, start, run.stops)
     logps, ref_logps = (compute_logps(v, batch)[0] for v in (policies[last], reference))
     lengths = batch.loss_mask.sum(axis=1)
     return compute_self_rewards(logps, ref_logps, lengths, beta=run.config.dpo.beta)

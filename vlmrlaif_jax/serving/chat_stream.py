@@ -23,6 +23,7 @@ from vlmrlaif_jax.core.types import (
   Params,
   continue_positions,
   flatten_groups,
+  is_stop,
 )
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.processors.interface import lay_out
@@ -152,9 +153,8 @@ def stream_answer(
     # A character may consist of several tokens, of which the last may be missing.
     if not (ended and is_like_transformers):
       texts = [text.rstrip("\ufffd") for text in texts]
-    answers = ChatAnswers(
-      texts, np.any((tokens == run.eos) & mask, axis=1).tolist(), bool(ended)
-    )
+    stopped = np.any(is_stop(tokens, run.stops) & mask, axis=1)
+    answers = ChatAnswers(texts, stopped.tolist(), bool(ended))
     if ended:
       yield answers._replace(scores=_score_answers(chat, prompts, tokens, mask, start))
       return

@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import replace_text, write_json
-from vlmrlaif_jax.data import templates, tokenization
+from vlmrlaif_jax.data import stop_tokens, templates, tokenization
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import clip
-from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.serving import chat_template
 from vlmrlaif_jax.serving.chat_template import IMAGE_MARK
 
@@ -98,15 +97,15 @@ def write_files(
   text = chat_template.write_chat_template(exported, tokenizer, own)
   replace_text(folder / "chat_template.jinja", text)
   image = exported.get_vocab()[IMAGE_MARK]
-  eos = tokenization.find_eos_id(tokenizer, own)
+  stops = stop_tokens.read_stops(source, tokenizer, own)
   rows = max(config["text_config"]["vocab_size"], image + 1)
   generation = {
     "bos_token_id": tokenizer.bos_token_id,
-    "eos_token_id": eos,
+    "eos_token_id": list(stops),
     "pad_token_id": tokenizer.pad_token_id,
     "do_sample": False,
     # Ids that the policy cannot sample.
-    "suppress_tokens": [*range(answering.count_sampled_ids(tokenizer, eos), rows)],
+    "suppress_tokens": [*range(stop_tokens.count_sampled_ids(tokenizer, stops), rows)],
   }
   write_json(folder / "generation_config.json", generation)
   vision = config["vision_config"]

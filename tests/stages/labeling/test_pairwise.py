@@ -11,13 +11,13 @@ from configs import front
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
-from vlmrlaif_jax.data import features, pipeline, prompts, records
+from vlmrlaif_jax.data import features, pipeline, prompts, records, tokenization
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
 from vlmrlaif_jax.feedback.pairwise_judge import PAIR_OUTCOMES
 from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime.answering import VideoReply
-from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.run import Run, resolve_checkpoint
 from vlmrlaif_jax.stages.labeling import pairwise
 
 RIGHT, WRONG = "It is red.", "It is blue."
@@ -89,11 +89,16 @@ def made_up_run(workdir, **settings):
   config.model.update(frames=5, clip_frames=2)
   config.label.update(block=4, **settings)
   files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
+  processor = LlavaProcessor(5, 16, 4)
+  layouts = dict.fromkeys(files, processor.layout)
+  tiny = resolve_checkpoint("builtin:tiny")
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, reward_model=None,
-    base=None, reward_model_base=None, tokenizer=None, template=None, eos=0,
-    processor=LlavaProcessor(5, 16, 4), splits=pipeline.Splits(prompts=examples),
-    features=features.FeatureStore(files, {}, {}, {}),
+    base=None, reward_model_base=None, 
+    tokenizer=tokenization.load_tokenizer(tiny), stops=(0,),
+    template=tokenization.get_template("brief"),
+    processor=processor, splits=pipeline.Splits(prompts=examples),
+    features=features.FeatureStore(files, layouts, {}, {}),
   )  # fmt: skip
 
 
@@ -298,12 +303,11 @@ def test_bad_settings_are_refused(tmp_path, settings, said):
 
 
 def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
-  too_long = lambda run, variables, requests, sampling, *, seed: [
-    [VideoReply("", False, fits=False)] * sampling.samples for _ in requests
-  ]
-  monkeypatch.setattr(pairwise.answering, "answer_requests", too_long)
-  with pytest.raises(UserError, match="caption_prompt_len=40"):
-    run_stage(made_up_run(tmp_path))
+  asked = []
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted(asked))
+  with pytest.raises(UserError, match="caption_prompt_len=20: .* video of kept_1"):
+    run_stage(made_up_run(tmp_path, caption_prompt_len=20))
+  assert asked == []
 
 
 # With a model: random weights, so that hardly a word is understood.

@@ -48,10 +48,15 @@ class Visual(NamedTuple):
   seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
   rate: float = 0.0  # Frames per second: their number / the seconds of the video.
 
+  @property
+  def patch_frames(self) -> int:
+    """Number of frames of a temporal patch; 1 for an image."""
+    return max(-(-len(self.seconds) // self.grid.time), 1)
+
   def select(self, start: int, stop: int | None) -> "Visual":
     """Returns a range of temporal patches, which are frames in some families."""
     grid, seconds, rate = self
-    each = -(-len(seconds) // grid.time)
+    each = self.patch_frames
     start, stop, _ = slice(start, stop).indices(grid.time)
     part = grid._replace(time=stop - start)
     return Visual(part, seconds[start * each : stop * each], rate)

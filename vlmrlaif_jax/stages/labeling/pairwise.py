@@ -89,10 +89,13 @@ def run_label_stage(
     The content of rates.json; see compute_label_rates.
 
   Raises:
-    UserError: A block contains other prompts, or the ground truth is unknown.
+    UserError: A block contains other prompts, the ground truth is unknown, or a prompt
+      for captions is too long.
   """
   variables = role_params.load_judge(run, "sft")
   prompts = run.splits.prompts
+  if run.config.label.judge != "truth":
+    captioning.check_clips(run, prompts, run.config.label.context)
   log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
   rows: list[JsonRow] = []
   phases = PhaseTimer()
@@ -371,12 +374,13 @@ def workload(run: Run, stage: str) -> Workload:
     config.caption_prompt_len, config.caption_max_new, config.batch
   )
   judge = SamplingSettings(config.judge_prompt_len, config.judge_max_new, config.batch)
-  clips = -(-model.frames // model.clip_frames)
+  clips = len(captioning.split_layout(run, run.processor.max_layout))
+  frames = model.clip_frames if run.processor.layout else 0
   tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
   functions = [
     workloads.make_encode_function(run, config.batch),
     make_function("answers", answers, runs=1.0),
-    make_function("captions", captions, runs=float(clips), frames=model.clip_frames),
+    make_function("captions", captions, runs=float(clips), frames=frames),
     make_function("judge", judge, runs=2.0),
   ]
   return Workload(functions, 0, config.batch, tokens)

@@ -120,8 +120,8 @@ def make_oracle(
   compare = _CallRecorder(_make_compare_fn(run, config, examples, calls))
   decode = functools.partial(tokenization.decode_responses, run.tokenizer)
   # Ranks include truncated responses.
-  eos = run.eos if config.kind in SCORE_KINDS else None
-  score = rankers.make_score_fn(compare, examples, decode, eos=eos)
+  stops = run.stops if config.kind in SCORE_KINDS else ()
+  score = rankers.make_score_fn(compare, examples, decode, stops=stops)
   compute_metrics = TRANSCRIPT_METRICS.get(config.kind, lambda last: {})
   list_replies = functools.partial(_format_replies, calls)
   get_metrics = lambda: compute_metrics(compare.result) | get_server_metrics()
@@ -188,7 +188,9 @@ def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
     np.asarray(info["has_stop"]),
     **rules,
   )
-  score = rewards.make_reward_fn(run.reward_model, suffix=suffix, eos=run.eos, **rules)
+  score = rewards.make_reward_fn(
+    run.reward_model, suffix=suffix, stops=run.stops, **rules
+  )
   return Oracle(score, terms=terms)
 
 
