@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 
-from vlmrlaif_jax.data.processors.qwen3_vl import FRAMES, Qwen3VLProcessor
+from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
+from vlmrlaif_jax.data.processors.sizes import FRAMES
 from vlmrlaif_jax.huggingface import config_keys, tensor_files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import CheckpointLayout, read_fields
 from vlmrlaif_jax.huggingface.config_keys import HfConfig, read_json_object
