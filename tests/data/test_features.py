@@ -271,7 +271,7 @@ def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatc
       if number == 3:
         fourth.set()
       pixels = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8)
-      yield features.video.Frames(pixels, np.zeros(COUNT))
+      yield features.video.Frames(pixels, np.zeros(COUNT), (SIZE, SIZE))
 
   def encode(videos):
     assert fourth.wait(10), "nothing was decoded meanwhile"
@@ -311,7 +311,7 @@ class EachPatch:
 
   def __call__(self, videos):
     times = [video.grid.time for video in videos]
-    return [np.repeat([[t, time] for t in range(time)], 2, 0) for time in times]
+    return [np.array([[[t, time]] * 2 for t in range(time)]) for time in times]
 
 
 OWN = Qwen3VLProcessor(patch=4, min_pixels=64, max_pixels=6 * 64, fps=4.0)

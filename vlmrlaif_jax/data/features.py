@@ -37,8 +37,10 @@ from vlmrlaif_jax.data.processors.interface import (
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
 
-# Maps videos to the features of each.
+# Maps videos to the features of each, by temporal patch.
 Encode = Callable[[Sequence[ProcessedVideo]], Sequence[Float[np.ndarray, "..."]]]
+# Maps features of temporal patches to those of a prompt; see Processor.arrange.
+Arrange = Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]]
 # Maps a function to its results in all processes. Every process must call it.
 Share = Callable[[Callable[[], Any]], list[Any]]
 # Features and layout of each video, or the reason why it has none, by
@@ -53,7 +55,8 @@ PROGRESS_EVERY = 512  # Videos between two lines of progress.
 class FeatureStore(NamedTuple):
   """Features by video, on disk, and in memory up to a limit.
 
-  The keys of all fields are names by format_video_name.
+  The keys of the first four fields are names by format_video_name. Files contain the
+  features of temporal patches, so that a part of a video can be read.
   """
 
   files: dict[str, pathlib.Path]  # File of each video with features.
@@ -63,6 +66,7 @@ class FeatureStore(NamedTuple):
   memory: float = 0.0  # Largest size of `cached` in bytes.
   # Tokens that features are padded to, if videos have different numbers; or 0.
   length: int = 0
+  arrange: Arrange = lambda features: features  # Processor.arrange.
 
   def has(self, path: VideoPath) -> bool:
     """Returns whether the video has features."""
@@ -79,11 +83,14 @@ class FeatureStore(NamedTuple):
   def get(
     self, path: VideoPath, start: int = 0, stop: int | None = None
   ) -> Float[np.ndarray, "..."]:
-    """Returns the features of a video in float16, or of a range of temporal patches."""
-    feature, time = self._load(path), self.get_layout(path).grid.time
-    start, stop, _ = slice(start, stop).indices(time)
-    each = len(feature) // time
-    feature = feature[start * each : stop * each]
+    """Returns the features of a prompt in float16, for a video or a part of it.
+
+    Args:
+      path: The video.
+      start: First temporal patch.
+      stop: Temporal patch after the last one; None for the end of the video.
+    """
+    feature = self.arrange(self._load(path)[start:stop])
     if self.length:
       more = [(0, self.length - len(feature)), *[(0, 0)] * (feature.ndim - 1)]
       feature = np.pad(feature, more)
@@ -153,27 +160,28 @@ def build_feature_store(
   named = {format_video_name(path): path for path in paths}
   reading = processor.make_reading(decoder)
   files, failures = _name_files(named, folder, f"{encoder} {reading.describe()}")
-  read = lambda file: _read_layout(file, processor, note)
-  layouts = {name: layout for name in files if (layout := read(files[name]))}
+  layouts = _read_layouts(files, processor, note)
   todo = {name: named[name] for name in files if name not in layouts}
-  if todo:
-    note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
   frames = video.read_videos(
     list(todo.values()), reading, workers=workers, timeout_s=timeout_s
   )
   decoded = prefetch(zip(todo, frames, strict=True), depth=2 * batch)
   encoded = prefetch(_encode_batches(decoded, encode, processor, batch, phase))
-  batches = -(-len(todo) // batch)
-  idle = max(share(lambda: batches)) - batches  # Others have more batches to encode.
-  parts = itertools.chain(encoded, itertools.repeat({}, idle))
-  done = _write_all(parts, files, processor, len(todo), check, note)
-  for name, result in done:
-    if isinstance(result, str):
-      failures[name] = result
-    else:
-      layouts[name] = result
-  files = {name: path for name, path in files.items() if name not in failures}
-  return FeatureStore(files, layouts, failures, {}, memory_gb * GB)
+  parts = _wait_for_others(encoded, -(-len(todo) // batch), share)
+  written, unreadable = _write_all(parts, files, processor, len(todo), check, note)
+  layouts, failures = layouts | written, failures | unreadable
+  files = {name: path for name, path in files.items() if name in layouts}
+  return FeatureStore(
+    files, layouts, failures, {}, memory_gb * GB, 0, processor.arrange
+  )
+
+
+def _wait_for_others(
+  parts: Iterator[EncodedVideos], batches: int, share: Share
+) -> Iterator[EncodedVideos]:
+  """Yields all batches, then empty ones while other processes encode more batches."""
+  idle = max(share(lambda: batches)) - batches
+  return itertools.chain(parts, itertools.repeat({}, idle))
 
 
 def _write_all(
@@ -183,24 +191,25 @@ def _write_all(
   total: int,
   check: Callable[[], None],
   note: Callable[[str], None],
-) -> Iterator[tuple[str, Visual | str]]:
-  """Writes the features of each batch; yields layouts, or why a video has none."""
-  done = 0
+) -> tuple[dict[str, Visual], dict[str, str]]:
+  """Writes the features of each batch; returns layouts, and why a video has none."""
+  layouts, failures, done = {}, {}, 0
   for part in parts:
     for name, result in part.items():
       if isinstance(result, str):
-        yield name, result
+        failures[name] = result
         continue
       feature, layout = result
       if layout != processor.layout:
         write_json(files[name].with_suffix(".json"), layout._asdict())
       with open_replacing(files[name]) as file:
         np.save(file, feature)
-      yield name, layout
+      layouts[name] = layout
     check()
     before, done = done, done + len(part)
     if done // PROGRESS_EVERY > before // PROGRESS_EVERY:
       note(f"features: {done}/{total} videos")
+  return layouts, failures
 
 
 def _name_files(
@@ -215,6 +224,17 @@ def _name_files(
     except OSError as error:
       failures[name] = str(error)
   return files, failures
+
+
+def _read_layouts(
+  files: dict[str, pathlib.Path], processor: Processor, note: Callable[[str], None]
+) -> dict[str, Visual]:
+  """Returns the layouts of the videos whose features are on disk."""
+  read = lambda file: _read_layout(file, processor, note)
+  layouts = {name: layout for name in files if (layout := read(files[name]))}
+  if todo := len(files) - len(layouts):
+    note(f"features: decoding and encoding {todo} of {len(files)} videos")
+  return layouts
 
 
 def _read_layout(

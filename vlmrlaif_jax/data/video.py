@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import av
 import numpy as np
@@ -24,6 +24,8 @@ from vlmrlaif_jax.data.decoding import containers, pictures, with_decord
 from vlmrlaif_jax.data.decoding.files import (
   Each,
   Frame,
+  MakeEach,
+  ReadFrame,
   check_regular_file,
   list_images,
 )
@@ -56,6 +58,17 @@ class Frames(NamedTuple):
 
   pixels: UInt8[np.ndarray, "frames height width 3"]
   seconds: Float[np.ndarray, " frames"]  # Times after the video's first frame.
+  size: tuple[int, int]  # Height and width of the first frame before it was resized.
+
+
+class Resizing(Protocol):
+  """The rule of a model family for the size of frames."""
+
+  def resize(
+    self, frame: Frame, frames: int
+  ) -> UInt8[np.ndarray, "new_height new_width 3"]:
+    """Returns a frame of a video with a number of frames in the size for the model."""
+    ...
 
 
 class Reading(NamedTuple):
@@ -66,6 +79,7 @@ class Reading(NamedTuple):
   fill: tuple[int, ...] = FILL  # Red, green and blue of the padding.
   within: tuple[int, int] | None = None  # Largest width and height of the frames.
   decoder: str = "pyav"  # Decoder of video files, of DECODERS.
+  resizing: Resizing | None = None  # Rule of the frames' size; None for their own size.
 
   def describe(self) -> str:
     """Returns a text that names everything that the frames of a video depend on."""
@@ -120,10 +134,12 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
     frames, seconds = _read(path, reading)
   except Exception as error:  # Decoders raise errors of any type on broken input.
     raise VideoError(path, _format_reason(error)) from error
-  sizes = sorted({frame.shape[:2] for frame in frames})
+  as_read = lambda x: x.size if reading.resizing else x.pixels.shape[:2]
+  sizes = sorted({as_read(frame) for frame in frames})
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
-  return Frames(np.stack(frames), np.array(seconds))
+  pixels = np.stack([frame.pixels for frame in frames])
+  return Frames(pixels, np.array(seconds), frames[0].size)
 
 
 def read_videos(
@@ -238,20 +254,20 @@ def _format_reason(error: Exception) -> str:
   return reason or type(error).__name__
 
 
-def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float]]:
+def _read(path: VideoPath, reading: Reading) -> tuple[list[ReadFrame], list[float]]:
   """Returns frames and their times in seconds, by the kind of the video."""
   part = TimeRange("", 0.0, math.inf)
   if isinstance(path, str | os.PathLike):
     part = split_time_range(os.fspath(path))
-  each = functools.partial(_fit, reading)
+  make_each = functools.partial(_make_each, reading)
   choose = functools.partial(_choose, reading.sampling, part)
   files = list_files(path)
   is_file = part.path and not os.path.isdir(part.path)
   if is_file and not pictures.is_picture(files[0]):
-    return DECODERS[reading.decoder](files[0], choose, each)
+    return DECODERS[reading.decoder](files[0], choose, make_each)
   if is_file:
-    return pictures.read_animation(files[0], choose, each)
-  return _read_images(files, part, reading.sampling, each)
+    return pictures.read_animation(files[0], choose, make_each)
+  return _read_images(files, part, reading.sampling, make_each)
 
 
 def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> list[int]:
@@ -259,20 +275,29 @@ def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> list[int
 
 
 def _read_images(
-  files: list[str], part: TimeRange, sampling: Sampling, each: Each
-) -> tuple[list[Frame], list[float]]:
+  files: list[str], part: TimeRange, sampling: Sampling, make_each: MakeEach
+) -> tuple[list[ReadFrame], list[float]]:
   """Reads frame images, which have no times: they count as evenly spaced."""
   if (part.start, part.end) != (0.0, math.inf):
     raise ValueError("frame images have no times: remove start and end of the record")
   step = 1.0 if isinstance(sampling, ByCount) else 1 / sampling.fps
   timeline = Timeline(np.arange(len(files)) * step, len(files) * step)
   numbers = _choose(sampling, part, timeline)
-  selected = pictures.read_images(files, numbers, each)
+  selected = pictures.read_images(files, numbers, make_each(len(numbers)))
   return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
 
 
-def _fit(reading: Reading, frame: Frame) -> UInt8[np.ndarray, "new_height new_width 3"]:
+def _make_each(reading: Reading, frames: int) -> Each:
+  """Returns the function that resizes each of a number of frames."""
+  return lambda frame: ReadFrame(_fit(reading, frames, frame), frame.shape[:2])
+
+
+def _fit(
+  reading: Reading, frames: int, frame: Frame
+) -> UInt8[np.ndarray, "new_height new_width 3"]:
   """Returns a frame in the size of a reading."""
+  if reading.resizing is not None:
+    return reading.resizing.resize(frame, frames)
   if not reading.square and reading.within is None:
     return frame
   image = Image.fromarray(frame)

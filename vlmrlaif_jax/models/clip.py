@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer
+from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer, TowerShape
 from vlmrlaif_jax.models.ops.attention import attend
 
 # Sizes of vision towers.

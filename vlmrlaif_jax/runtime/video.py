@@ -66,11 +66,8 @@ def encode_videos(
       layouts[name] = features.parse_layout(layout)
     failures |= part["failures"]
   length = find_length(run.processor, layouts.values())
-  return run._replace(
-    features=features.FeatureStore(
-      files, layouts, failures, cached, store.memory, length
-    )
-  )
+  shared = (files, layouts, failures, cached, store.memory, length, store.arrange)
+  return run._replace(features=features.FeatureStore(*shared))
 
 
 def find_length(processor: Processor, layouts: Iterable[Visual]) -> int:
@@ -134,7 +131,7 @@ def encode_batch(
   size: int,
   videos: Sequence[ProcessedVideo],
 ) -> list[np.ndarray]:
-  """Returns the features of videos.
+  """Returns the features of videos, by temporal patch.
 
   Args:
     policy: model whose vision tower is used.
@@ -158,8 +155,7 @@ def encode_batch(
       np.asarray(call(variables, jax.device_put(_pad_rows(part, size), rows)))
       for part in np.split(images, range(size, time, size))
     ]
-    features = np.concatenate(parts)[:time]
-    encoded.append(features.reshape(-1, features.shape[-1]))
+    encoded.append(np.concatenate(parts)[:time])
   return encoded
 
 

@@ -172,14 +172,14 @@ def make_encode_function(run: Run, videos: int) -> DeviceFunction:
     videos: videos per step.
   """
   rows = video.get_encoder_batch(run.mesh)
-  frames, *sides = run.processor.max_layout.grid
-  grid, shape = tuple(sides), run.policy.vision.measure(tuple(sides))
-  if run.processor.layout is None:  # Temporal patches of all videos share batches.
+  frames, height, width = run.processor.max_layout.grid
+  grid, shape = (height, width), run.policy.vision.measure((height, width))
+  pixels = jax.ShapeDtypeStruct((rows, frames, *shape.pixels), shape.pixel_dtype)
+  encoder = video.make_encoder(run.policy, run.mesh)
+  if run.processor.layout is None:  # Temporal patches of a video fill batches.
+    pixels = jax.ShapeDtypeStruct((rows, *shape.pixels), shape.pixel_dtype)
     encoder = video.make_encoder(run.policy, run.mesh, grid)
-    videos, frames, leading = videos * frames, 1, (rows,)
-  else:
-    encoder, leading = video.make_encoder(run.policy, run.mesh), (rows, frames)
-  pixels = jax.ShapeDtypeStruct((*leading, *shape.pixels), shape.pixel_dtype)
+    videos, frames = videos * -(-frames // rows) * rows, 1
   encode = ModelPass("encode", "policy", run.policy, rows, 0, frames=frames, grid=grid)
   return DeviceFunction(
     "encode",

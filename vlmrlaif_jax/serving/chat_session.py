@@ -40,7 +40,7 @@ class ChatJudge(NamedTuple):
 class ChatClip(NamedTuple):
   """A clip that is encoded."""
 
-  features: Float[np.ndarray, "frames patches channels"]
+  features: Float[np.ndarray, "..."]  # Features of the prompt; see FeatureStore.get.
   layout: Visual  # Grid and times of the frames.
 
 

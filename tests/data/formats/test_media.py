@@ -104,7 +104,15 @@ def test_frames_have_no_placeholder_one_or_one_each(folder, count):
   assert example["video"] == [str(folder / f"frames/{i}.jpg") for i in (1, 2)]
 
 
-@pytest.mark.parametrize(("name", "file"), [("x", "x.webm"), ("x.pkl", "x.webm")])
+@pytest.mark.parametrize(
+  ("name", "file"),
+  [
+    ("x", "x.webm"),
+    ("x.pkl", "x.webm"),
+    ("X.MP4", "x.webm"),
+    ("A.MP4#t=1", "a.mp4#t=1"),
+  ],
+)
 def test_suffix_of_a_video_may_be_missing(folder, name, file):
   [example], _ = read(folder, {"video": name})
   assert example["video"] == str(folder / file)

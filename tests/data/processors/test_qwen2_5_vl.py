@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from tests.data.processors.clips import assert_pixels_close, make_frames
+from tests.data.processors.clips import assert_pixels_close, make_frames, process
 from tests.helpers.processor_oracle import Call, run_calls
 from vlmrlaif_jax.data.processors.interface import Grid, Visual, make_positions
 from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
@@ -233,7 +233,7 @@ def test_pixels_of_a_video_equal_transformers(theirs, name):
   processor = Qwen25VLProcessor(**settings)
   grid = processor.choose_grid(height, width, count)
   assert list(grid) == theirs[name]["video_grid_thw"][0].tolist()
-  got = processor.process(make_frames(count, height, width), grid)
+  got = process(processor, make_frames(count, height, width))
   want = theirs[name]["pixel_values_videos"]
   assert_pixels_close(got.pixels, want, max(DEFAULT.std))
 
@@ -243,7 +243,7 @@ def test_sampled_frames_equal_transformers(theirs):
   frames = make_frames(35, 56, 56)[DEFAULT.sample_frames(35, 10.0)]
   grid = DEFAULT.choose_grid(56, 56, len(frames))
   assert list(grid) == theirs["sampled"]["video_grid_thw"][0].tolist()
-  got = DEFAULT.process(frames, grid)
+  got = process(DEFAULT, frames)
   want = theirs["sampled"]["pixel_values_videos"]
   assert_pixels_close(got.pixels, want, max(DEFAULT.std))
 
@@ -253,5 +253,5 @@ def test_pixels_of_an_image_equal_transformers(theirs):
   grid = DEFAULT.choose_grid(100, 130, None)
   assert list(grid) == theirs["image"]["image_grid_thw"][0].tolist()
   assert math.prod(grid) == len(theirs["image"]["pixel_values"])
-  got = DEFAULT.process(make_frames(1, 100, 130), grid)
+  got = process(DEFAULT, make_frames(1, 100, 130))
   assert_pixels_close(got.pixels, theirs["image"]["pixel_values"], max(DEFAULT.std))

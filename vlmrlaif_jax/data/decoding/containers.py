@@ -26,6 +26,8 @@ from vlmrlaif_jax.data.decoding.files import (
   Choose,
   Each,
   Frame,
+  MakeEach,
+  ReadFrame,
   check_regular_file,
   check_size,
 )
@@ -57,27 +59,29 @@ class _WrongIndexError(Exception):
 
 
 def read_container(
-  path: str | os.PathLike, choose: Choose, each: Each
-) -> tuple[list[Frame], list[float]]:
+  path: str | os.PathLike, choose: Choose, make_each: MakeEach
+) -> tuple[list[ReadFrame], list[float]]:
   """Reads the chosen frames of a video file.
 
   Args:
     path: The file.
     choose: Returns the numbers of the frames to read.
-    each: Applied to one upright RGB frame at a time, which bounds memory.
+    make_each: Returns what is applied to one upright RGB frame at a time, which bounds
+      memory.
 
   Returns:
     The frames, and the time of each in seconds after the video's first frame.
   """
   index, timeline = read_index(path), None
-  required = set(choose(index.timeline)) if len(index.timeline.seconds) else set()
+  predicted = choose(index.timeline) if len(index.timeline.seconds) else []
+  required, each = set(predicted), make_each(len(predicted))
   try:
     selected, timeline = _decode_by_seeking(path, index, required, each), index.timeline
   except (_WrongIndexError, StopIteration, av.FFmpegError):
     selected, timeline = _decode_in_order(path, index, required, each)
   numbers = choose(timeline)
-  if not set(numbers) <= selected.keys():
-    selected, _ = _decode(path, set(numbers), each)
+  if len(numbers) != len(predicted) or not set(numbers) <= selected.keys():
+    selected, _ = _decode(path, set(numbers), make_each(len(numbers)))
   return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
 
 
@@ -163,7 +167,7 @@ def _make_timeline(
 
 def _decode_by_seeking(
   path: str | os.PathLike, index: FrameIndex, required: set[int], each: Each
-) -> dict[int, Frame]:
+) -> dict[int, ReadFrame]:
   """Returns the required frames; skips groups of frames that contain none of them.
 
   Raises:
@@ -222,7 +226,7 @@ def _skip_to_key(
 
 def _decode_in_order(
   path: str | os.PathLike, index: FrameIndex, required: set[int], each: Each
-) -> tuple[dict[int, Frame], Timeline]:
+) -> tuple[dict[int, ReadFrame], Timeline]:
   """Returns the required frames by number, and the timeline of the decoded frames.
 
   If the required frames end before the video does, so does decoding.
@@ -237,7 +241,7 @@ def _decode_in_order(
 
 def _decode(
   path: str | os.PathLike, required: Iterable[int], each: Each, stop: int | None = None
-) -> tuple[dict[int, Frame], Timeline]:
+) -> tuple[dict[int, ReadFrame], Timeline]:
   """Decodes a file from its start.
 
   Args:

@@ -5,7 +5,7 @@ import re
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,7 +18,17 @@ MAX_SIDE = 65_535  # Pixels of a side, the largest in a JPEG.
 
 Frame: TypeAlias = UInt8[np.ndarray, "height width 3"]
 Choose: TypeAlias = Callable[[Timeline], Sequence[int]]  # Numbers of frames to read.
-Each: TypeAlias = Callable[[Frame], Frame]  # Applied to each frame that is read.
+
+
+class ReadFrame(NamedTuple):
+  """A frame in the size that a reading gives it."""
+
+  pixels: Frame
+  size: tuple[int, int]  # Height and width before it was resized.
+
+
+Each: TypeAlias = Callable[[Frame], ReadFrame]  # Applied to each frame that is read.
+MakeEach: TypeAlias = Callable[[int], Each]  # The argument is the number of frames.
 
 
 def check_regular_file(path: str | os.PathLike) -> None:

@@ -14,6 +14,8 @@ from vlmrlaif_jax.data.decoding.files import (
   Choose,
   Each,
   Frame,
+  MakeEach,
+  ReadFrame,
   check_regular_file,
   check_size,
 )
@@ -39,7 +41,7 @@ def is_picture(path: str | os.PathLike) -> bool:
 
 def read_images(
   paths: Sequence[str | os.PathLike], indices: Sequence[int], each: Each
-) -> dict[int, Frame]:
+) -> dict[int, ReadFrame]:
   """Reads the images of the given indices, and applies `each` to one at a time."""
   frames = {}
   for index in sorted(set(indices)):
@@ -50,14 +52,14 @@ def read_images(
 
 
 def read_animation(
-  path: str | os.PathLike, choose: Choose, each: Each
-) -> tuple[list[Frame], list[float]]:
+  path: str | os.PathLike, choose: Choose, make_each: MakeEach
+) -> tuple[list[ReadFrame], list[float]]:
   """Reads the chosen frames of an animation, or the one frame of a picture.
 
   Args:
     path: The file.
     choose: Returns the indices of the frames to read.
-    each: Applied to one frame at a time, which bounds memory.
+    make_each: Returns what is applied to one frame at a time, which bounds memory.
 
   Returns:
     The frames, and the time of each in seconds.
@@ -65,7 +67,7 @@ def read_animation(
   with open_image(path) as image:
     timeline, first = measure_animation(image)
   indices = choose(timeline)
-  frames = {}
+  each, frames = make_each(len(indices)), {}
   with open_image(path) as image:
     for index in range(max(indices) + 1):
       if first + index:

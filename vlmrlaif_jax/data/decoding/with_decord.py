@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from vlmrlaif_jax.data.decoding import containers
-from vlmrlaif_jax.data.decoding.files import Choose, Each, Frame
+from vlmrlaif_jax.data.decoding.files import Choose, MakeEach, ReadFrame
 
 # Containers in which tests find its frames equal to PyAV's, by PyAV's names.
 EXACT_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
@@ -17,8 +17,8 @@ _USE_PYAV = "Set data.decoder to 'pyav'."
 
 
 def read_with_decord(
-  path: str | os.PathLike, choose: Choose, each: Each
-) -> tuple[list[Frame], list[float]]:
+  path: str | os.PathLike, choose: Choose, make_each: MakeEach
+) -> tuple[list[ReadFrame], list[float]]:
   """Reads the chosen frames of a video file; see containers.read_container.
 
   Raises:
@@ -42,7 +42,7 @@ def read_with_decord(
       f"decord counts {len(reader)} frames, not {len(timeline.seconds)}. {_USE_PYAV}"
     )
   numbers = choose(timeline)
-  selected = {}
+  each, selected = make_each(len(numbers)), {}
   for number in range(max(numbers) + 1):
     frame = reader.next()
     if number in numbers:

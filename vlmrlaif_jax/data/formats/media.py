@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.formats.messages import Message, RecordRow
+from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.time_range import add_time_range, split_time_range
 
 VIDEO_KEYS, IMAGE_KEYS = ("video", "videos"), ("images", "image")
@@ -28,7 +29,6 @@ TIME_KEYS = (
   ("clip_start", "clip_end"),
 )
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4", ".m4v", ".gif")
 _CLOCK = re.compile(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)")
 # First bytes of files, at an index, and their suffixes.
 _SIGNATURES = (
@@ -142,12 +142,12 @@ def _find_path(item: Any, folders: MediaFolders) -> str:
   fragment = path[len(whole) :]
   if fragment:
     add_time_range(whole, start, end if end != float("inf") else None)  # Checks both.
-  # Published records may name features (.pkl), or videos without a suffix.
-  stem = whole.removesuffix(".pkl")
-  for suffix in ("", *VIDEO_SUFFIXES):
-    candidate = (stem if suffix else whole) + suffix
-    if folders.exists(candidate):
-      return candidate + fragment
+  if not folders.exists(whole):
+    # Published records may name features (.pkl), or videos without a suffix.
+    parent, last = os.path.split(whole)
+    whole = find_video(parent, last, last.removesuffix(".pkl"))
+  if folders.exists(whole):
+    return whole + fragment
   raise ValueError(f"video not found: {path}")
 
 

@@ -12,8 +12,11 @@ video in a prompt, and gives each token a position. Families differ in these poi
 - Qwen2.5-VL, Qwen3-VL: see their files.
 
 A video is processed in this order: decoding by `make_reading`, `choose_grid`,
-`process`. `lay_out` returns its text, which
-becomes the token ids of the prompt, and its blocks, which become their positions.
+`process`, the vision tower, `arrange`. `lay_out` returns its text, which becomes the
+token ids of the prompt, and its blocks, which become their positions.
+
+The tower is compiled once for each size of frames. `fix_grids` limits the sizes of a
+run to a short list. Without it, each video has the exact size of its family.
 """
 
 import math
@@ -102,6 +105,31 @@ class Processor(Protocol):
     """The layout of all videos; None if each has its own."""
     ...
 
+  @property
+  def max_layout(self) -> Visual:
+    """The layout of a video with the most tokens."""
+    ...
+
+  def limit(self, fps: float, max_frames: int, max_pixels: int) -> "Processor":
+    """Returns the processor with other limits; 0 leaves one as it is.
+
+    Args:
+      fps: frames per second that are read.
+      max_frames: frames that are read of a video at most.
+      max_pixels: pixels of all frames of a video together at most, after resizing.
+
+    Raises:
+      ValueError: a limit is out of range, or the family does not have it.
+    """
+    ...
+
+  def fix_grids(self) -> "Processor":
+    """Returns the processor with a short list of sizes of frames.
+
+    The list depends on the settings only, so that it is the same in all processes.
+    """
+    ...
+
   def make_reading(self, decoder: str) -> Reading:
     """Returns the settings for reading videos with a decoder of video.DECODERS."""
     ...
@@ -113,7 +141,21 @@ class Processor(Protocol):
   def process(
     self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
   ) -> ProcessedVideo:
-    """Resizes frames to a grid, normalizes them and cuts them into patches."""
+    """Normalizes frames, as `make_reading` reads them, and cuts them into patches."""
+    ...
+
+  def arrange(
+    self, features: Float[np.ndarray, "time tokens channels"]
+  ) -> Float[np.ndarray, "..."]:
+    """Returns the features of a prompt from those of temporal patches.
+
+    Args:
+      features: features by the vision tower of each temporal patch, or of each frame in
+        some families. They may be a range of those of a video.
+
+    Returns:
+      The features of the placeholders; or those of frames, if the model pools them.
+    """
     ...
 
   def write_text(self, visual: Visual) -> VideoText:
@@ -138,8 +180,8 @@ def process_frames(
   Raises:
     ValueError: The frames have a size that the family does not support.
   """
-  count, height, width, _ = frames.pixels.shape
-  grid = processor.choose_grid(height, width, count if count > 1 else None)
+  count = len(frames.pixels)
+  grid = processor.choose_grid(*frames.size, count if count > 1 else None)
   # Without errors of sums, which would change the decimals that a text has.
   seconds = frames.seconds.round(6).tolist() if count > 1 else []
   layout = processor.layout or Visual(grid, tuple(seconds))
@@ -156,8 +198,8 @@ def lay_out(processor: Processor, visual: Visual) -> VideoTokens:
 def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
   """Replaces the height and width of a grid by the nearest of a few sizes.
 
-  The tower is compiled once for each size. The distance of two sizes is the sum of the
-  logarithms of the ratios of their heights and of their widths.
+  The distance of two sizes is the sum of the logarithms of the ratios of their heights
+  and of their widths.
 
   >>> fix_grid(Grid(4, 22, 40), [(24, 24), (18, 32), (32, 18)])
   Grid(time=4, height=18, width=32)
