@@ -5,11 +5,13 @@ and takes minutes on a CPU. "7b" has the values of VLM-RLAIF (2402.03746), or of
 code for values that the paper does not state.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.published import PUBLISHED
 from vlmrlaif_jax.core.files import flatten_settings
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.world import language
@@ -24,14 +26,27 @@ def choose_preset(
 ) -> ConfigDict:
   """Returns the config of a preset.
 
+  Args:
+    presets: The recipe's own presets, "tiny" and "7b" among them, from which those of
+      published families are derived.
+    preset: Name of the preset.
+
   Raises:
     ValueError: The recipe has no preset of this name.
   """
+  derived = {
+    name: functools.partial(_make_published, presets["7b"], name) for name in PUBLISHED
+  }
+  presets = {**presets, **derived}
   if preset not in presets:
     raise ValueError(f"preset must be one of {tuple(presets)}, not {preset!r}")
   config = presets[preset]()
   config.preset = preset
   return config
+
+
+def _make_published(make: Callable[[], ConfigDict], name: str) -> ConfigDict:
+  return use_published(make(), name)
 
 
 def make_section(defaults: ConfigDict, **values: Any) -> ConfigDict:

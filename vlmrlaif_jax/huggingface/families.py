@@ -19,6 +19,7 @@ from vlmrlaif_jax.huggingface.config_keys import HfConfig, read_json_object
 from vlmrlaif_jax.huggingface.param_mapping import NameTable
 from vlmrlaif_jax.huggingface.tensor_files import Tensors
 from vlmrlaif_jax.models import qwen2_5_vl, qwen3_vl, vlm
+from vlmrlaif_jax.models.layers import write_fields
 
 
 class ProcessorClass(Protocol):
@@ -121,6 +122,19 @@ def read_family_config(folder: Path) -> tuple[HfConfig, list[str]]:
           "another checkpoint."
         )
   return config, config_keys.describe_unused(path, unused)
+
+
+def make_published_config(model_type: str, size: str) -> HfConfig:
+  """Returns the config of a published size, a key of the family's LLM_VARIANTS."""
+  models = FAMILIES[model_type].models
+  decoder = models.DECODER.Model(**models.LLM_VARIANTS[size])
+  parts = {
+    "text_config": write_fields(models.DECODER.CONFIG, decoder),
+    "vision_config": write_fields(models.CONFIG, models.Model(**models.VARIANTS[size])),
+  }
+  parts["text_config"]["rope_parameters"]["mrope_section"] = models.ROPE_SECTIONS
+  kind = CONFIG_MAPPING[model_type]
+  return {**kind(**parts, tie_word_embeddings=decoder.tied).to_dict()}
 
 
 def match_config(folder: Path, config: HfConfig, tensors: Tensors) -> HfConfig:

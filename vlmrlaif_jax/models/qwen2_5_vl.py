@@ -59,6 +59,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "72b": _shape(8192, 3456),
 }
 
+DECODER = qwen2  # Module of the language model.
+
 # Sizes of language models, as settings of decoder.Decoder.
 LLM_VARIANTS = {name: qwen2.VARIANTS[name] for name in ("3b", "7b", "32b", "72b")}
 

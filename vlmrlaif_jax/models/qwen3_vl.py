@@ -61,6 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "32b": dict(**_large, out=5120),
 }
 
+DECODER = qwen3  # Module of the language model.
+
 # Sizes of language models, as settings of decoder.Decoder.
 LLM_VARIANTS: dict[str, dict[str, Any]] = {
   name: {**qwen3.VARIANTS[size], "rope_base": 5e6}

@@ -17,7 +17,7 @@ from transformers import LlavaConfig
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import stop_tokens, tokenization
-from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert, families
 from vlmrlaif_jax.models import clip, projector, vlm
 from vlmrlaif_jax.runtime import loading, video
 from vlmrlaif_jax.runtime import run as run_lib
@@ -105,7 +105,9 @@ def _find_config(path: str, tower: str, size: str) -> convert.HfConfig:
   except UserError as error:
     if size in run_lib.PLANNED_SIZES:
       return _make_known_config(size)
-    sizes = ", ".join(run_lib.PLANNED_SIZES)
+    if size in run_lib.PLANNED_FAMILIES:
+      return families.make_published_config(*run_lib.PLANNED_FAMILIES[size])
+    sizes = ", ".join((*run_lib.PLANNED_SIZES, *run_lib.PLANNED_FAMILIES))
     raise UserError(
       f"{error}; or, to plan without a checkpoint, set --config.model.size (and "
       f"--config.model.reward_model_size) to one of {sizes}; got {size!r}"

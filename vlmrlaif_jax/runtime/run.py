@@ -31,8 +31,15 @@ from vlmrlaif_jax.models.ops import attention, quantization
 from vlmrlaif_jax.runtime.arrays import SAVED, ArrayFactory
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Models that the planner uses where a path has no checkpoint: published ones, and one
-# of 100 M parameters. Each is (family, shape, vision tower).
+# Models that the planner uses where a path has no checkpoint: keys of families.FAMILIES
+# with a size of the family, and LLaVAs as (decoder, shape, vision tower), of which one
+# has 100 M parameters.
+PLANNED_FAMILIES = {
+  "qwen3vl_2b": ("qwen3_vl", "2b"),
+  "qwen3vl_4b": ("qwen3_vl", "4b"),
+  "qwen3vl_8b": ("qwen3_vl", "8b"),
+  "qwen25vl_7b": ("qwen2_5_vl", "7b"),
+}
 PLANNED_SIZES = {
   "llava_7b": (llama, llama.VARIANTS["7b"], "l14_336"),
   "llava_13b": (llama, llama.VARIANTS["13b"], "l14_336"),
@@ -97,7 +104,8 @@ def default_config() -> ConfigDict:
       # The features of videos are then larger.
       train_merger=False,
       quant="none",  # Frozen layers as "nf4", "nf4_double" (QLoRA) or "int8".
-      # Planned models for paths without a checkpoint: keys of PLANNED_SIZES.
+      # Planned models for paths without a checkpoint: keys of PLANNED_SIZES or
+      # PLANNED_FAMILIES.
       size="",
       reward_model_size="",
     )
@@ -119,7 +127,7 @@ def check(config: ConfigDict) -> None:
       model,
       {"prompts": tuple(PROMPT_STYLES), "template": tuple(CONVERSATION_TEMPLATES)},
     )
-    sizes = ("", *PLANNED_SIZES)
+    sizes = ("", *PLANNED_SIZES, *PLANNED_FAMILIES)
     check_choices(model, {"size": sizes, "reward_model_size": sizes})
     check_at_least(model, {"frames": 1, "clip_frames": 1, "lora_rank": 1})
 
