@@ -22,6 +22,7 @@ from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
 from vlmrlaif_jax.huggingface import (
+  checkpoint_folders,
   checkpoint_layouts,
   config_keys,
   qwen3_vl_checkpoints,
@@ -286,7 +287,8 @@ def _check_tokenizer(folder: Path, vocab: int) -> list[str]:
       f"is {vocab}. Give the model's own tokenizer, or resize the model to the added "
       "tokens."
     )
-  notes = stop_tokens.describe_generation(folder, tokenizer)
+  settings = checkpoint_folders.find_generation_folder(folder)
+  notes = stop_tokens.describe_generation(settings, tokenizer)
   if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
     notes.append(
       "add_eos_token of the tokenizer is not used: the template ends answers"
