@@ -170,16 +170,16 @@ def test_clips_have_the_times_of_the_video():
 
 
 def test_prompt_that_does_not_fit_is_an_error_that_names_its_record(narratives):
-  run = make_run(Qwen3VLProcessor(), LAYOUTS, caption_prompt_len=60)
-  examples = make_examples(LAYOUTS)
+  run = make_run(Qwen3VLProcessor(), LAYOUTS)
   tokens = run.lay_out_video("odd", 0, 2)
   row = answering.encode_prompt(run, [(run.prompts.caption, None)], tokens)
   run.config.label.caption_prompt_len = len(row.ids)
-  captioning.check_clips(run, examples, "all")
+  clips = captioning.list_clips(run, make_examples(LAYOUTS), "all")
+  captioning.check_clips(run, clips)
   run.config.label.caption_prompt_len -= 1
   said = f"{len(row.ids)} tokens for the clip 0-2 of the video of odd_1"
   with pytest.raises(UserError, match=said):
-    captioning.check_clips(run, examples, "all")
+    captioning.check_clips(run, clips)
   with pytest.raises(UserError, match=said):
     narratives.tell(run, LAYOUTS)
   assert narratives.calls == []

@@ -56,7 +56,7 @@ def read_stops(
   contain them. `describe_generation` lists them.
 
   Args:
-    folder: Folder of the tokenizer.
+    folder: Folder of the settings.
     tokenizer: The tokenizer.
     template: Conversation template.
 
@@ -88,7 +88,7 @@ def describe_generation(
   """Returns notes about generation settings that are not used.
 
   Args:
-    folder: Folder of the tokenizer.
+    folder: Folder of the settings.
     tokenizer: The tokenizer.
 
   Raises:

@@ -1,6 +1,7 @@
 """Finds the folders of a checkpoint: its adapter, the adapter's base, its tokenizer."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,26 @@ def find_tokenizer_folder(folder: Path) -> Path:
     FileNotFoundError: The base of the adapter does not exist.
   """
   names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+  return _find_folder_of_any(folder, names)
+
+
+def find_generation_folder(folder: Path) -> Path:
+  """Finds the folder of a checkpoint's generation settings; see stop_tokens.
+
+  Raises:
+    FileNotFoundError: The base of an adapter does not exist.
+  """
+  return _find_folder_of_any(folder, ("generation_config.json", "config.json"))
+
+
+def _find_folder_of_any(folder: Path, names: Sequence[str]) -> Path:
+  """Returns a folder with one of several files, or else the base of its adapter."""
   if any((folder / name).exists() for name in names):
     return folder
   adapter = find_own_adapter(folder)
   if adapter is None:
     return folder
-  return find_tokenizer_folder(find_base(folder, adapter))
+  return _find_folder_of_any(find_base(folder, adapter), names)
 
 
 def find_base(folder: Path, adapter: Path) -> Path:

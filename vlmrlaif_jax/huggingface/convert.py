@@ -21,7 +21,12 @@ from vlmrlaif_jax.data import stop_tokens
 from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
-from vlmrlaif_jax.huggingface import checkpoint_layouts, config_keys, families
+from vlmrlaif_jax.huggingface import (
+  checkpoint_folders,
+  checkpoint_layouts,
+  config_keys,
+  families,
+)
 from vlmrlaif_jax.huggingface import tensor_files as files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import (
   DECODER_FAMILIES,
@@ -288,7 +293,8 @@ def _check_tokenizer(folder: Path, vocab: int) -> list[str]:
       f"is {vocab}. Give the model's own tokenizer, or resize the model to the added "
       "tokens."
     )
-  notes = stop_tokens.describe_generation(folder, tokenizer)
+  settings = checkpoint_folders.find_generation_folder(folder)
+  notes = stop_tokens.describe_generation(settings, tokenizer)
   if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
     notes.append(
       "add_eos_token of the tokenizer is not used: the template ends answers"

@@ -71,27 +71,33 @@ def select_clips(run: Run, example: Example, which: str) -> list[Clip]:
   return [Clip(digest, *span) for span in spans]
 
 
-def check_clips(run: Run, examples: Sequence[Example], which: str) -> None:
-  """Checks that the prompts of all captions fit; see caption_videos.
+def list_clips(
+  run: Run, examples: Sequence[Example], which: str
+) -> dict[Clip, Example]:
+  """Returns the distinct clips of examples, each with one of its examples."""
+  return {clip: each for each in examples for clip in select_clips(run, each, which)}
+
+
+def check_clips(run: Run, clips: Mapping[Clip, Example]) -> None:
+  """Checks that the prompts for captions of clips fit; see list_clips.
 
   Raises:
     UserError: a prompt is longer than label.caption_prompt_len.
   """
   limit, checked = run.config.label.caption_prompt_len, set()
-  for example in examples:
-    for _, start, stop in select_clips(run, example, which):
-      tokens = run.lay_out_video(example["video"], start, stop)
-      if (text := tuple(tokens.text)) in checked:
-        continue
-      checked.add(text)
-      count = len(encode_prompt(run, [(run.prompts.caption, None)], tokens).ids)
-      if count > limit:
-        raise UserError(
-          f"the prompt for captions does not fit label.caption_prompt_len={limit}: it "
-          f"has {count} tokens for the clip {start}-{stop} of the video of "
-          f"{example['id']}. Raise --config.label.caption_prompt_len or lower "
-          "--config.model.clip_frames"
-        )
+  for (_, start, stop), example in clips.items():
+    tokens = run.lay_out_video(example["video"], start, stop)
+    if (text := tuple(tokens.text)) in checked:
+      continue
+    checked.add(text)
+    count = len(encode_prompt(run, [(run.prompts.caption, None)], tokens).ids)
+    if count > limit:
+      raise UserError(
+        f"the prompt for captions does not fit label.caption_prompt_len={limit}: it "
+        f"has {count} tokens for the clip {start}-{stop} of the video of "
+        f"{example['id']}. Raise --config.label.caption_prompt_len or lower "
+        "--config.model.clip_frames"
+      )
 
 
 def caption_videos(
@@ -115,27 +121,22 @@ def caption_videos(
     batch: clips that are captioned concurrently.
 
   Raises:
-    UserError: a caption prompt is longer than label.caption_prompt_len.
+    UserError: the prompt of a new caption is longer than label.caption_prompt_len.
   """
-  check_clips(run, examples, which)
-  clips = [select_clips(run, example, which) for example in examples]
   rows = distributed.on_process_zero(lambda: read_jsonl(path) if path.exists() else [])
   known = {Clip(r["video"], r["start"], r["stop"]): r["caption"] for r in rows}
-  new = {
-    clip: example["video"]
-    for example, own in zip(examples, clips, strict=True)
-    for clip in own
-    if clip not in known
-  }
+  clips = list_clips(run, examples, which)
+  new = {clip: each for clip, each in clips.items() if clip not in known}
+  check_clips(run, new)
   # Without a layout of all videos, features are padded, so all clips have one shape.
   length = lambda clip: clip.stop - clip.start if run.processor.layout else 0
   for _, part in itertools.groupby(sorted(new, key=length), key=length):
-    captions = _caption_clips(run, variables, {c: new[c] for c in part}, batch)
+    captions = _caption_clips(run, variables, {c: new[c]["video"] for c in part}, batch)
     added = [{**clip._asdict(), "caption": text} for clip, text in captions.items()]
     distributed.on_process_zero(functools.partial(append_jsonl, path, added))
     known |= captions
   join = lambda own: " ".join(filter(None, (known[clip].strip() for clip in own)))
-  return [join(own) for own in clips]
+  return [join(select_clips(run, each, which)) for each in examples]
 
 
 def _caption_clips(

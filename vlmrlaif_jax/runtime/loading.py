@@ -18,7 +18,7 @@ from vlmrlaif_jax.core.types import Params, Stops
 from vlmrlaif_jax.data import features, pipeline, records, stop_tokens, tokenization
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.huggingface import checkpoint_folders, convert
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime import scoring, video
@@ -113,8 +113,9 @@ def load_run_without_data(
     other = run_lib.resolve_checkpoint(model.reward_model_path or model.path)
     if other != folder:
       reward_model, reward_model_base, published = load_model(model, other, mesh, note)
-  tokenizer_folder = checkpoint_layouts.find_tokenizer_folder(folder)
-  tokenizer = tokenization.load_tokenizer(tokenizer_folder)
+  tokenizer = tokenization.load_tokenizer(
+    checkpoint_folders.find_tokenizer_folder(folder)
+  )
   template = tokenization.get_template(model.template)
   run = create_run_of_models(
     config,
@@ -124,7 +125,9 @@ def load_run_without_data(
     (reward_model, reward_model_base),
     tokenizer,
     template,
-    stop_tokens.read_stops(tokenizer_folder, tokenizer, template),
+    stop_tokens.read_stops(
+      checkpoint_folders.find_generation_folder(folder), tokenizer, template
+    ),
     processor,
   )
   return run, published

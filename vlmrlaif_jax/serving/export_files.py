@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import replace_text, write_json
 from vlmrlaif_jax.data import stop_tokens, templates, tokenization
-from vlmrlaif_jax.huggingface import checkpoint_layouts
+from vlmrlaif_jax.huggingface import checkpoint_folders
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import clip
 from vlmrlaif_jax.serving import chat_template
@@ -89,7 +89,8 @@ def write_files(
     UserError: The files of the base cannot be exported; see `check_links` and
       `chat_template.write_chat_template`.
   """
-  source = checkpoint_layouts.find_tokenizer_folder(source)
+  settings = checkpoint_folders.find_generation_folder(source)
+  source = checkpoint_folders.find_tokenizer_folder(source)
   tokenizer = tokenization.load_tokenizer(source)
   own = tokenization.get_template(template)
   check_links(source)
@@ -97,7 +98,7 @@ def write_files(
   text = chat_template.write_chat_template(exported, tokenizer, own)
   replace_text(folder / "chat_template.jinja", text)
   image = exported.get_vocab()[IMAGE_MARK]
-  stops = stop_tokens.read_stops(source, tokenizer, own)
+  stops = stop_tokens.read_stops(settings, tokenizer, own)
   rows = max(config["text_config"]["vocab_size"], image + 1)
   generation = {
     "bos_token_id": tokenizer.bos_token_id,

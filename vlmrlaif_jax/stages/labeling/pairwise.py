@@ -95,7 +95,8 @@ def run_label_stage(
   variables = role_params.load_judge(run, "sft")
   prompts = run.splits.prompts
   if run.config.label.judge != "truth":
-    captioning.check_clips(run, prompts, run.config.label.context)
+    clips = captioning.list_clips(run, prompts, run.config.label.context)
+    captioning.check_clips(run, clips)
   log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
   rows: list[JsonRow] = []
   phases = PhaseTimer()
