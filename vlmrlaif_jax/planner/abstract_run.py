@@ -19,7 +19,7 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import clip, projector, vlm
-from vlmrlaif_jax.runtime import loading
+from vlmrlaif_jax.runtime import loading, video
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.arrays import ArrayFactory, add_shardings
 from vlmrlaif_jax.runtime.run import Run
@@ -39,7 +39,7 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     size = model.reward_model_size or model.size
     scorer = _load(model, model.reward_model_path, size, mesh)
   tokenizer, template = _load_tokenizer(model.path, model.template)
-  return loading.create_run_of_models(
+  run = loading.create_run_of_models(
     config,
     pathlib.Path(),
     mesh,
@@ -47,9 +47,13 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     scorer,
     tokenizer,
     template,
-    convert.load_processor(pathlib.Path(), policy[0], model.frames),
+    loading.configure_processor(
+      convert.load_processor(pathlib.Path(), policy[0], model.frames), model
+    ),
     ABSTRACT_ARRAYS,
   )
+  length = video.get_max_length(run.processor, config.data.prompt_len)
+  return run._replace(features=run.features._replace(length=length))
 
 
 class PlannedStage(NamedTuple):

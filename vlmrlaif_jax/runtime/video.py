@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,8 @@ from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, records, tokenization
 from vlmrlaif_jax.data.processors.interface import (
   ProcessedVideo,
+  Processor,
+  Visual,
   count_features,
   lay_out,
 )
@@ -32,6 +34,9 @@ from vlmrlaif_jax.runtime.run import Run
 
 LENGTH_MULTIPLE = 64  # Features are padded to a multiple of this number.
 VIDEOS_PER_DEVICE = 32  # Minimum number of videos in a batch of the encoder.
+# Videos whose pixels are in memory, if they differ in size. Their temporal patches are
+# batched instead.
+VIDEOS_IN_MEMORY = 4
 
 
 def encode_videos(
@@ -64,13 +69,25 @@ def encode_videos(
     for name, layout in part["layouts"].items():
       layouts[name] = features.parse_layout(layout)
     failures |= part["failures"]
-  length = 0
-  if run.processor.layout is None:
-    count = lambda layout: count_features(lay_out(run.processor, layout))
-    longest = max(map(count, layouts.values()), default=0)
-    length = tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
+  length = get_length(run.processor, layouts.values())
   shared = (files, layouts, failures, cached, store.memory, length, store.arrange)
   return run._replace(features=features.FeatureStore(*shared))
+
+
+def get_length(processor: Processor, layouts: Iterable[Visual]) -> int:
+  """Returns the features that videos are padded to; 0 if all have one layout."""
+  if processor.layout is not None:
+    return 0
+  count = lambda layout: count_features(lay_out(processor, layout))
+  longest = max(map(count, layouts), default=0)
+  return tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
+
+
+def get_max_length(processor: Processor, prompt_len: int) -> int:
+  """Returns get_length of a run with the longest video that fits in its prompts."""
+  longest = get_length(processor, [processor.max_layout])
+  fitting = tokenization.round_up_length(prompt_len, multiple=LENGTH_MULTIPLE)
+  return min(longest, fitting)
 
 
 def _encode_local_share(
@@ -92,7 +109,7 @@ def _encode_local_share(
     encoder=_compute_digest(tower, get_tower_settings(run.policy.vision)),
     encode=functools.partial(encode_batch, run.policy, variables, mesh, batch),
     processor=run.processor,
-    batch=batch,
+    batch=VIDEOS_IN_MEMORY if run.processor.layout is None else batch,
     workers=data.workers,
     timeout_s=data.timeout_s,
     decoder=data.decoder,
