@@ -28,6 +28,26 @@ FRAMES = flags.DEFINE_integer(
   "launch/export.py wrote the checkpoint, and 12 otherwise.",
   1,
 )
+FPS = flags.DEFINE_float(
+  "fps",
+  0.0,
+  "Frames per second of a clip for --model, if its clips differ in length; 0 for those "
+  "of the checkpoint.",
+  0.0,
+)
+MAX_FRAMES = flags.DEFINE_integer(
+  "max_frames",
+  0,
+  "Largest number of frames of a clip for --model; 0 for that of the checkpoint.",
+  0,
+)
+MAX_PIXELS = flags.DEFINE_integer(
+  "max_pixels",
+  0,
+  "Largest number of pixels of all frames of a clip for --model, after they are "
+  "resized; 0 for that of the checkpoint.",
+  0,
+)
 DTYPE = flags.DEFINE_string(
   "dtype",
   "",
@@ -111,6 +131,10 @@ def open_policies():
     prompts="brief",
     frames=frames,
     clip_frames=frames,
+    fps=FPS.value,
+    max_frames=MAX_FRAMES.value,
+    max_pixels=MAX_PIXELS.value,
+    grids="exact",
     dtype=dtype,
     lora_rank=0,
     lora_alpha=1.0,

@@ -345,6 +345,13 @@ def test_features_are_padded_to_one_length_and_parts_are_temporal_patches(
   np.testing.assert_array_equal(part[:, 0], [1, 1, 2, 2] + [0] * 16)
 
 
+def test_features_of_a_part_are_arranged_as_those_of_a_video(clips, tmp_path):
+  end = lambda x: np.concatenate([x.reshape(-1, 2), [[-1, -1]]])  # Such as a newline.
+  store = build(clips[:1], tmp_path, EachPatch(), processor=OWN)
+  part = store._replace(length=8, arrange=end).get(clips[0], 1, 3)
+  np.testing.assert_array_equal(part[:, 0], [1, 1, 2, 2, -1, 0, 0, 0])
+
+
 def test_a_video_of_unsupported_sides_is_a_failure(tmp_path):
   path = tmp_path / "line.png"
   Image.fromarray(np.zeros((4, 1000, 3), np.uint8)).save(path)

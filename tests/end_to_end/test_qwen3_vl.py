@@ -21,7 +21,7 @@ TRAINED = tuple(stage for stage in STAGES if stage != "label")
 
 def settings(checkpoint, world):
   changed = {
-    "model.template": "chat_template", "data.prompt_len": 128,
+    "model.template": "chat_template", "model.max_frames": 8, "data.prompt_len": 128,
     "data.response_len": 192, "sft.pack_len": 512, "ppo.batch_size": 8,
     "dpo.batch_size": 4, "dpo.preferences": str(world / "preferences.jsonl"),
     "grpo.batch_size": 8, "grpo.samples": 2, "rm.steps": 1,

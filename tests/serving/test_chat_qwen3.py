@@ -23,6 +23,7 @@ CLIPS = {  # Name -> (frames, rate, height, width).
 }
 ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
+LIMITS = dict(fps=1.5, max_frames=3, max_pixels=3000)  # Of the command.
 
 
 def write_clip(path, count, rate, height, width):
@@ -50,7 +51,13 @@ def made(tmp_path_factory):
 def open_folder(folder, lines):
   model = run_lib.default_config()
   model.update(
-    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
+    template="",
+    prompts="brief",
+    frames=8,
+    clip_frames=8,
+    lora_rank=0,
+    lora_alpha=1.0,
+    grids="exact",
   )
   return chat_session.open_model(
     str(folder), model, chats.mesh(), max_prompt=4096, note=lines.append
@@ -79,14 +86,18 @@ def prompts(made):
   text = tokenizer.apply_chat_template(
     [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
   )
-  settings = dict(size=qwen.PIXELS, patch_size=4)
-  for name, (count, rate, *_) in CLIPS.items():
+  plain = dict(size=qwen.PIXELS, patch_size=4)
+  size = {"shortest_edge": 256, "longest_edge": LIMITS["max_pixels"]}
+  limited = plain | dict(size=size, fps=LIMITS["fps"], max_frames=LIMITS["max_frames"])
+  cases = {name: (name, plain) for name in CLIPS} | {"limited": ("wide", limited)}
+  for name, settings in cases.values():
+    count, rate, *_ = CLIPS[name]
     frames = video.decode_video(made[1] / f"{name}.mp4", count)
     metadata = dict(total_num_frames=count, fps=float(rate))
     calls.append(Call(
       "Qwen3VLProcessor",
       dict(
-        image_processor=Call("Qwen2VLImageProcessor", settings),
+        image_processor=Call("Qwen2VLImageProcessor", plain),
         video_processor=Call("Qwen3VLVideoProcessor", settings),
         tokenizer=Call("PreTrainedTokenizerFast",
                        dict(tokenizer_object=tokenizer.backend_tokenizer)),
@@ -94,7 +105,7 @@ def prompts(made):
       dict(text=[text], videos=[frames],
            videos_kwargs=dict(video_metadata=[metadata])),
     ))  # fmt: skip
-  return dict(zip(CLIPS, run_calls(calls), strict=True))
+  return dict(zip(cases, run_calls(calls), strict=True))
 
 
 def generate(hf, given, **settings):
@@ -117,17 +128,21 @@ def say(hf, given, **settings):
 
 
 @pytest.mark.torchvision
-def test_the_command_prints_the_answer_of_transformers(made, prompts):
+def test_the_command_with_limits_prints_the_answer_of_transformers(made, prompts):
   hf, folder = made
   process = subprocess.run(
     [sys.executable, "launch/chat.py", f"--model={folder}",
      f"--video={folder / 'wide.mp4'}", f"--prompt={QUESTION}", "--temperature=0",
-     "--max_tokens=64", "--dtype=float32"],
+     "--max_tokens=64", "--dtype=float32",
+     *(f"--{name}={value}" for name, value in LIMITS.items())],
     cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
     text=True,
   )  # fmt: skip
   assert process.returncode == 0, process.stderr[-3000:]
-  assert process.stdout.strip() == f"{folder.name}: {say(hf, prompts['wide'])}".strip()
+  grids = [prompts[name]["video_grid_thw"].tolist() for name in ("limited", "wide")]
+  assert grids[0] != grids[1]
+  want = say(hf, prompts["limited"])
+  assert process.stdout.strip() == f"{folder.name}: {want}".strip()
 
 
 @pytest.mark.torchvision

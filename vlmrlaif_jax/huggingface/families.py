@@ -128,13 +128,14 @@ def make_published_config(model_type: str, size: str) -> HfConfig:
   """Returns the config of a published size, a key of the family's LLM_VARIANTS."""
   models = FAMILIES[model_type].models
   decoder = models.DECODER.Model(**models.LLM_VARIANTS[size])
-  parts = {
-    "text_config": write_fields(models.DECODER.CONFIG, decoder),
+  text = write_fields(models.DECODER.CONFIG, decoder)
+  text["rope_parameters"] |= {"mrope_section": list(models.ROPE_SECTIONS)}
+  values = {
+    "text_config": text,
     "vision_config": write_fields(models.CONFIG, models.Model(**models.VARIANTS[size])),
+    "tie_word_embeddings": decoder.tied,
   }
-  parts["text_config"]["rope_parameters"]["mrope_section"] = models.ROPE_SECTIONS
-  kind = CONFIG_MAPPING[model_type]
-  return {**kind(**parts, tie_word_embeddings=decoder.tied).to_dict()}
+  return config_keys.make_config(CONFIG_MAPPING[model_type], values, Path(size))
 
 
 def match_config(folder: Path, config: HfConfig, tensors: Tensors) -> HfConfig:

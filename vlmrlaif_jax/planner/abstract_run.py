@@ -53,10 +53,12 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     tokenizer,
     template,
     stops,
-    convert.load_processor(folder, published, policy[0], model.frames),
+    loading.configure_processor(
+      convert.load_processor(folder, published, policy[0], model.frames), model
+    ),
     ABSTRACT_ARRAYS,
   )
-  length = video.find_length(run.processor, [run.processor.max_layout])
+  length = video.get_max_length(run.processor, config.data.prompt_len)
   return run._replace(features=run.features._replace(length=length))
 
 

@@ -16,7 +16,11 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
 from vlmrlaif_jax.core.types import Params, Stops
 from vlmrlaif_jax.data import features, pipeline, records, stop_tokens, tokenization
-from vlmrlaif_jax.data.processors.interface import Processor
+from vlmrlaif_jax.data.processors.interface import (
+  Processor,
+  count_features,
+  lay_out,
+)
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.huggingface import checkpoint_folders, convert
 from vlmrlaif_jax.models import vlm
@@ -128,7 +132,7 @@ def load_run_without_data(
     stop_tokens.read_stops(
       checkpoint_folders.find_generation_folder(folder), tokenizer, template
     ),
-    processor,
+    configure_processor(processor, model),
   )
   return run, published
 
@@ -197,6 +201,16 @@ def configure_model(loaded: vlm.VLM, model: ConfigDict, mesh: Mesh) -> vlm.VLM:
     unstack=is_on_cpu(mesh),
   )
   return loaded.clone(llm=llm)
+
+
+def configure_processor(processor: Processor, model: ConfigDict) -> Processor:
+  """Returns a processor with the limits and the sizes of the section `model`.
+
+  Raises:
+    ValueError: a limit is out of range, or the family does not have it.
+  """
+  limited = processor.limit(model.fps, model.max_frames, model.max_pixels)
+  return limited.fix_grids() if model.grids == "few" else limited
 
 
 def is_on_cpu(mesh: Mesh) -> bool:
@@ -301,7 +315,19 @@ def _check_lengths(run: Run) -> None:
         raise UserError(
           f"all {len(examples)} {'records' if answered else 'prompts'} are too long: "
           f"{reason}. Raise these settings, or give shorter records"
+          f"{_advise_on_tokens(run.processor)}"
         )
+
+
+def _advise_on_tokens(processor: Processor) -> str:
+  """Returns how to lower the tokens of videos; "" if all have as many."""
+  if processor.layout is not None:
+    return ""
+  tokens = count_features(lay_out(processor, processor.max_layout))
+  return (
+    f". A video may have {tokens} tokens: lower --config.model.max_frames or "
+    "--config.model.max_pixels"
+  )
 
 
 def _check_preferences(run: Run) -> None:

@@ -31,6 +31,7 @@ from vlmrlaif_jax.models.ops import attention, quantization
 from vlmrlaif_jax.runtime.arrays import SAVED, ArrayFactory
 
 DTYPES = ("float32", "bfloat16", "float16")
+GRIDS = ("few", "exact")  # Sizes of frames of families whose videos differ in size.
 # Models that the planner uses where a path has no checkpoint: keys of families.FAMILIES
 # with a size of the family, and LLaVAs as (decoder, shape, vision tower), of which one
 # has 100 M parameters.
@@ -93,7 +94,17 @@ def default_config() -> ConfigDict:
       tower="",  # A CLIP or SigLIP folder, for a checkpoint without a vision tower.
       template=placeholder(str),  # A key of templates.CONVERSATION_TEMPLATES.
       prompts=placeholder(str),  # A key of prompts.PROMPT_STYLES.
-      frames=placeholder(int),  # Frames per video.
+      # Frames per video, for a model that reads a fixed number.
+      frames=placeholder(int),
+      # Frames per second, for a model whose videos differ in length; 0 for its own.
+      fps=0.0,
+      max_frames=0,  # Largest number of frames of a video; 0 for the model's own.
+      # Largest number of pixels of a video, which all its resized frames share; 0 for
+      # the model's own.
+      max_pixels=0,
+      # Sizes of frames: "few" for a short list, so that the vision tower is compiled a
+      # few times, or "exact" for those of the model's published processor.
+      grids="few",
       clip_frames=placeholder(int),  # Frames per captioned clip.
       lora_rank=placeholder(int),  # Rank of LoRA updates.
       lora_alpha=placeholder(float),  # LoRA updates are multiplied by alpha / rank.
@@ -129,7 +140,9 @@ def check(config: ConfigDict) -> None:
     )
     sizes = ("", *PLANNED_SIZES, *PLANNED_FAMILIES)
     check_choices(model, {"size": sizes, "reward_model_size": sizes})
+    check_choices(model, {"grids": GRIDS})
     check_at_least(model, {"frames": 1, "clip_frames": 1, "lora_rank": 1})
+    check_at_least(model, {"fps": 0, "max_frames": 0, "max_pixels": 0})
 
 
 def resolve_checkpoint(path: str) -> pathlib.Path:

@@ -33,6 +33,9 @@ from vlmrlaif_jax.runtime.run import Run
 
 LENGTH_MULTIPLE = 64  # Features are padded to a multiple of this number.
 VIDEOS_PER_DEVICE = 32  # Minimum number of videos in a batch of the encoder.
+# Videos whose pixels are in memory, if they differ in size. Their temporal patches are
+# batched instead.
+VIDEOS_IN_MEMORY = 4
 
 
 def encode_videos(
@@ -65,21 +68,25 @@ def encode_videos(
     for name, layout in part["layouts"].items():
       layouts[name] = features.parse_layout(layout)
     failures |= part["failures"]
-  length = find_length(run.processor, layouts.values())
+  length = get_length(run.processor, layouts.values())
   shared = (files, layouts, failures, cached, store.memory, length, store.arrange)
   return run._replace(features=features.FeatureStore(*shared))
 
 
-def find_length(processor: Processor, layouts: Iterable[Visual]) -> int:
-  """Returns the number of features to which those of videos are padded, or 0.
-
-  It is 0 for a family whose videos all have one layout.
-  """
+def get_length(processor: Processor, layouts: Iterable[Visual]) -> int:
+  """Returns the features that videos are padded to; 0 if all have one layout."""
   if processor.layout is not None:
     return 0
-  counts = (count_features(lay_out(processor, layout)) for layout in layouts)
-  longest = max(counts, default=0)
+  count = lambda layout: count_features(lay_out(processor, layout))
+  longest = max(map(count, layouts), default=0)
   return tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
+
+
+def get_max_length(processor: Processor, prompt_len: int) -> int:
+  """Returns get_length of a run with the longest video that fits in its prompts."""
+  longest = get_length(processor, [processor.max_layout])
+  fitting = tokenization.round_up_length(prompt_len, multiple=LENGTH_MULTIPLE)
+  return min(longest, fitting)
 
 
 def _encode_local_share(
@@ -101,7 +108,7 @@ def _encode_local_share(
     encoder=_compute_digest(tower, run.policy.vision.settings()),
     encode=functools.partial(encode_batch, run.policy, variables, mesh, batch),
     processor=run.processor,
-    batch=batch,
+    batch=VIDEOS_IN_MEMORY if run.processor.layout is None else batch,
     workers=data.workers,
     timeout_s=data.timeout_s,
     decoder=data.decoder,

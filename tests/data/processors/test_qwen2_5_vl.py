@@ -197,6 +197,9 @@ def size_of(processor):
   )
 
 
+LIMITED = DEFAULT.limit(fps=0.0, max_frames=8, max_pixels=100_000)
+
+
 def video_call(count, height, width, settings, **sampling):
   ours = Qwen25VLProcessor(**settings)
   limits = dict(
@@ -214,6 +217,8 @@ def video_call(count, height, width, settings, **sampling):
 def theirs():
   """Name -> output of transformers; all in one process, which starts slowly."""
   calls = {name: video_call(*case) for name, case in VIDEOS.items()}
+  limited = dict(max_video_tokens=LIMITED.max_video_tokens)
+  calls["pixels"] = video_call(8, 200, 120, limited)
   metadata = [dict(total_num_frames=35, fps=10.0)]
   calls["sampled"] = video_call(
     35, 56, 56, {}, do_sample_frames=True, fps=2, video_metadata=metadata
@@ -236,6 +241,13 @@ def test_pixels_of_a_video_equal_transformers(theirs, name):
   got = process(processor, make_frames(count, height, width))
   want = theirs[name]["pixel_values_videos"]
   assert_pixels_close(got.pixels, want, max(DEFAULT.std))
+
+
+@pytest.mark.torchvision
+def test_limited_grid_equals_transformers_and_keeps_the_limit(theirs):
+  grid = LIMITED.choose_grid(200, 120, 8)
+  assert list(grid) == theirs["pixels"]["video_grid_thw"][0].tolist()
+  assert 0.8 * 100_000 < 8 * grid.height * grid.width * 14**2 <= 100_000
 
 
 @pytest.mark.torchvision
