@@ -33,7 +33,7 @@ _CHUNK_BYTES = 8 << 20  # Bytes of a tensor that a process transfers per step.
 _HOST_PLATFORMS = ("cpu",)  # Platforms whose devices use the memory of the host.
 
 
-class Source(NamedTuple):
+class TensorParts(NamedTuple):
   """The tensors of a parameter."""
 
   parts: Sequence[Part]  # One tensor, or one per layer.
@@ -118,7 +118,9 @@ def convert_from_hf(
   params: dict[str, AnyArray] = {}
   for path, shape in _flatten(shapes).items():
     name, op = table[path]
-    source = Source([tensors[n] for n in _list_names(name, shape)], op, "{}" in name)
+    source = TensorParts(
+      [tensors[n] for n in _list_names(name, shape)], op, "{}" in name
+    )
     if flat_shardings is None:
       params[path] = _read_slice(source, shape, (slice(None),) * len(shape.shape))
     elif path in packed:
@@ -211,7 +213,9 @@ def get_hf_shapes(table: NameTable, shapes: Params) -> dict[str, tuple[int, ...]
 # Reading.
 
 
-def _read_slice(source: Source, shape: Shape, index: tuple[slice, ...]) -> np.ndarray:
+def _read_slice(
+  source: TensorParts, shape: Shape, index: tuple[slice, ...]
+) -> np.ndarray:
   """Reads a slice of a parameter into host memory, a few rows of a tensor per step."""
   own = [range(*i.indices(n)) for i, n in zip(index, shape.shape, strict=True)]
   out = allocate_aligned(tuple(map(len, own)), shape.dtype)
@@ -234,7 +238,7 @@ def _read_slice(source: Source, shape: Shape, index: tuple[slice, ...]) -> np.nd
   return out
 
 
-def _is_read_to_host(source: Source, sharding: NamedSharding) -> bool:
+def _is_read_to_host(source: TensorParts, sharding: NamedSharding) -> bool:
   """Returns whether the host converts a parameter, instead of the devices.
 
   Devices convert in compiled programs, which take longer than to read a small
@@ -244,7 +248,7 @@ def _is_read_to_host(source: Source, sharding: NamedSharding) -> bool:
   return on_host or sum(part.nbytes for part in source.parts) <= _CHUNK_BYTES
 
 
-def _load_to_mesh(source: Source, shape: Shape, sharding: NamedSharding) -> Array:
+def _load_to_mesh(source: TensorParts, shape: Shape, sharding: NamedSharding) -> Array:
   layer_sharding = _drop_layer_axis(sharding) if source.stacked else sharding
   if _is_read_to_host(source, sharding):
     read = functools.partial(_read_slice, source, shape)
@@ -256,7 +260,7 @@ def _load_to_mesh(source: Source, shape: Shape, sharding: NamedSharding) -> Arra
 
 
 def _load_packed(
-  source: Source, shape: Shape, packed: PackedKernel, sharding: NamedSharding
+  source: TensorParts, shape: Shape, packed: PackedKernel, sharding: NamedSharding
 ) -> dict[str, Array]:
   layers, *layer_shape = shape.shape
   layer = Shape(tuple(layer_shape), shape.dtype)
@@ -267,7 +271,7 @@ def _load_packed(
   shardings = tuple(x.sharding for x in jax.tree.leaves(out))
   layer_sharding = _drop_layer_axis(sharding)
   for i, part in enumerate(source.parts):
-    one = _load_to_mesh(Source([part], source.op, False), layer, layer_sharding)
+    one = _load_to_mesh(TensorParts([part], source.op, False), layer, layer_sharding)
     out = _write_packed(out, one, i, packed.pack, shardings)
     jax.block_until_ready(out)
     one.delete()  # Before the next layer is read.
