@@ -238,8 +238,8 @@ def _read_layout(
 
 def parse_layout(value: Mapping[str, Any]) -> Visual:
   """Returns a layout from the fields that JSON has of it."""
-  rest = {"seconds": tuple(value["seconds"]), "rate": value["rate"]}
-  return Visual(Grid(*value["grid"]), **rest)
+  seconds, size = tuple(value["seconds"]), tuple(value["size"])
+  return Visual(Grid(*value["grid"]), seconds, value["rate"], size)
 
 
 def _encode_batches(

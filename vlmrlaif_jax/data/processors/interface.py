@@ -47,14 +47,16 @@ class Visual(NamedTuple):
   grid: Grid
   seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
   rate: float = 0.0  # Frames per second: their number / the seconds of the video.
+  # Height and width of an image in pixels, before it is resized; () for a video.
+  size: tuple[int, ...] = ()
 
   def select(self, start: int, stop: int | None) -> "Visual":
     """Returns a range of temporal patches, which are frames in some families."""
-    grid, seconds, rate = self
+    grid, seconds = self.grid, self.seconds
     each = -(-len(seconds) // grid.time)
     start, stop, _ = slice(start, stop).indices(grid.time)
     part = grid._replace(time=stop - start)
-    return Visual(part, seconds[start * each : stop * each], rate)
+    return self._replace(grid=part, seconds=seconds[start * each : stop * each])
 
 
 class ProcessedVideo(NamedTuple):
@@ -137,7 +139,8 @@ def process_frames(
   grid = processor.choose_grid(height, width, count if count > 1 else None)
   # Without errors of sums, which would change the decimals that a text has.
   seconds = frames.seconds.round(6).tolist() if count > 1 else []
-  layout = processor.layout or Visual(grid, tuple(seconds))
+  size = () if count > 1 else (height, width)
+  layout = processor.layout or Visual(grid, tuple(seconds), size=size)
   return processor.process(frames.pixels, grid), layout
 
 
