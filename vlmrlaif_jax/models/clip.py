@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -282,6 +283,19 @@ class VisionTower(Tower, kw_only=True):
   def feature_shape(self) -> tuple[int, ...]:
     """Shape of the features of a frame."""
     return self.patch_count, self.channels
+
+  def settings(self) -> dict[str, Any]:
+    """Returns the settings that features depend on."""
+    pixels = self.normalize(jnp.array([[[0] * 3, [255] * 3]], jnp.uint8))
+    return {
+      "kind": type(self).__module__,  # The family, such as CLIP or SigLIP.
+      **dict(image=self.image, patch=self.patch, heads=self.heads),
+      **dict(activation=self.activation, eps=self.eps),
+      "layer": self.selected_layers,
+      "dtype": jnp.dtype(self.dtype).name,
+      # Rounded, because the last bit of a division differs between accelerators.
+      "pixels": np.round(pixels, 4).tolist(),
+    }
 
   def example_inputs(self) -> tuple[Any, ...]:
     """Returns inputs by which the tower is initialized."""
