@@ -1,6 +1,7 @@
 """Tiny random LLaVA-OneVision models: of transformers, and ours with its weights."""
 
 import functools
+import json
 
 import numpy as np
 import tokenizers
@@ -12,9 +13,9 @@ from vlmrlaif_jax.data.processors.llava_onevision import (
   LlavaOnevisionProcessor,
   cut_square_patches,
 )
-from vlmrlaif_jax.huggingface import checkpoint_layouts
+from vlmrlaif_jax.huggingface import families
 from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf
-from vlmrlaif_jax.models import llava_onevision, vlm
+from vlmrlaif_jax.models import layers, llava_onevision, projector, vlm
 from vlmrlaif_jax.models.decoders import qwen2
 
 IMAGE, PATCH, SIDE, POOLED = 22, 4, 5, 3  # A margin is cut off, and pooling is odd.
@@ -28,15 +29,18 @@ PROCESSOR = LlavaOnevisionProcessor(
 
 def build(merged=True, tied=True, vocab=64, **tower):
   llm = qwen2.Model(**{**qwen2.VARIANTS["tiny"], "vocab": vocab, "tied": tied})
-  merger = None if merged else llava_onevision.NewlineMerger(llm.embed)
-  model = llava_onevision.Model(**{**TOWER, "merged": merged, **tower})
-  return vlm.VLM(model, llava_onevision.SourceConnector(llm.embed, merger), llm)
+  connector = projector.Connector(llm.embed)
+  if not merged:
+    merger = llava_onevision.NewlineMerger(llm.embed)
+    connector = llava_onevision.SourceConnector(merger)
+  model = llava_onevision.Model(**{**TOWER, "merges": merged, **tower})
+  return vlm.VLM(model, connector, llm)
 
 
 def theirs(model, **settings):
   """A random model of transformers in the sizes of ours."""
-  text = checkpoint_layouts.write_fields(qwen2.CONFIG, model.llm)
-  vision = checkpoint_layouts.write_fields(llava_onevision.CONFIG, model.vision)
+  text = layers.write_fields(qwen2.CONFIG, model.llm)
+  vision = layers.write_fields(llava_onevision.CONFIG, model.vision)
   text["rope_parameters"] |= {"rope_type": "default"}
   config = transformers.LlavaOnevisionConfig(
     text_config={**text, "model_type": "qwen2"},
@@ -52,19 +56,13 @@ def theirs(model, **settings):
 
 
 def tensors_of(hf):
-  """Tensors by the names that transformers writes."""
-  lead = (("model.language_model.", "language_model.model."),
-          ("lm_head.", "language_model.lm_head."), ("model.", ""))  # fmt: skip
-  tensors = {}
-  for name, x in hf.state_dict().items():
-    for old, new in lead:
-      if name.startswith(old):
-        name = new + name.removeprefix(old)
-        break
-    tensors[name] = x
+  """Tensors by the names of published checkpoints."""
+  state = hf.state_dict()
   if hf.config.text_config.tie_word_embeddings:
-    del tensors["language_model.lm_head.weight"]
-  return tensors
+    del state["lm_head.weight"]
+  return {
+    families.rename_tensor("llava_onevision", name): x for name, x in state.items()
+  }
 
 
 def convert(model, hf):
@@ -93,28 +91,52 @@ def make_squares(count, seed=0):
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-# The template of the published checkpoints.
+# The template of transformers' conversion, and that of older published files.
 TEMPLATE = """\
 {%- for m in messages -%}
-  {{- '<|im_start|>' + m.role + ' ' -}}
+  {{- '<|im_start|>' + m.role + '\\n' -}}
   {%- for c in m.content | selectattr('type', 'equalto', 'image') -%}
-    {{- '<image>' -}}
+    {{- '<image>\\n' -}}
   {%- endfor -%}
   {%- for c in m.content | selectattr('type', 'equalto', 'video') -%}
-    {{- '<video>' -}}
+    {{- '<video>\\n' -}}
   {%- endfor -%}
   {%- for c in m.content | selectattr('type', 'equalto', 'text') -%}
-    {{- '\\n' + c.text -}}
+    {{- c.text -}}
   {%- endfor -%}
-  {{- '<|im_end|>' -}}
+  {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
   {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+OLD_TEMPLATE = (
+  TEMPLATE.replace("m.role + '\\n'", "m.role + ' '")
+  .replace(">\\n'", ">'")
+  .replace("{{- c.text", "{{- '\\n' + c.text")
+)
 
 
-def make_tokenizer():
+def write_checkpoint(folder, frames=6):
+  """A folder as transformers writes it; returns the model."""
+  tokenizer = make_tokenizer()
+  ids = {f"{name}_token_index": tokenizer.convert_tokens_to_ids(f"<{name}>")
+         for name in ("image", "video")}  # fmt: skip
+  hf = theirs(build(vocab=len(tokenizer)), **ids)
+  hf.save_pretrained(folder)
+  tokenizer.save_pretrained(folder)
+  size = {"height": IMAGE, "width": IMAGE}
+  settings = {"size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+  pinpoints = {"image_grid_pinpoints": [list(pair) for pair in PINPOINTS]}
+  for name, more in (
+    ("preprocessor_config", pinpoints),
+    ("video_preprocessor_config", {"num_frames": frames}),
+  ):
+    (folder / f"{name}.json").write_text(json.dumps(settings | more))
+  return hf
+
+
+def make_tokenizer(template=TEMPLATE):
   """Bytes, a few words, and the special tokens of LLaVA-OneVision."""
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -127,5 +149,5 @@ def make_tokenizer():
   tokenizer.add_special_tokens(SPECIAL)
   return transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-    additional_special_tokens=SPECIAL, chat_template=TEMPLATE,
+    additional_special_tokens=SPECIAL, chat_template=template,
   )  # fmt: skip

@@ -11,8 +11,8 @@ import transformers
 from tests.helpers import onevision
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.data.processors.interface import Grid, Visual
-from vlmrlaif_jax.huggingface import checkpoint_layouts, param_mapping
-from vlmrlaif_jax.models import llava_onevision, lora, vlm
+from vlmrlaif_jax.huggingface import families, param_mapping
+from vlmrlaif_jax.models import layers, llava_onevision, lora, projector, vlm
 from vlmrlaif_jax.models.decoders import qwen2
 
 FRAME, CROP = (onevision.POOLED,) * 2, (onevision.SIDE,) * 2
@@ -220,10 +220,10 @@ def test_to_hugging_face_is_the_inverse():
 def test_published_sizes_have_the_tensors_of_transformers(size):
   model = vlm.VLM(
     llava_onevision.Model(**llava_onevision.VARIANTS[size]),
-    llava_onevision.SourceConnector(llava_onevision.VARIANTS[size]["out"]),
+    projector.Connector(llava_onevision.VARIANTS[size]["out"]),
     qwen2.Model(**llava_onevision.LLM_VARIANTS[size]),
   )
-  text = checkpoint_layouts.write_fields(qwen2.CONFIG, model.llm)
+  text = layers.write_fields(qwen2.CONFIG, model.llm)
   text["rope_parameters"] |= {"rope_type": "default"}
   config = transformers.LlavaOnevisionConfig(
     text_config={**text, "model_type": "qwen2"}, tie_word_embeddings=model.llm.tied
@@ -237,6 +237,5 @@ def test_published_sizes_have_the_tensors_of_transformers(size):
   flat = flax.traverse_util.flatten_dict(shapes, sep="/")
   unused = set(llava_onevision.HF) - set(flat)
   assert unused == ({"llm/lm_head/kernel"} if model.llm.tied else set())
-  rules = (*llava_onevision.SHARDING, *qwen2.SHARDING)
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
-  sharding.shard_by_rules({"params": shapes}, rules, mesh)
+  sharding.shard_by_rules({"params": shapes}, families.SHARDING, mesh)

@@ -37,8 +37,10 @@ from vlmrlaif_jax.data.processors.interface import (
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
 
-# Maps videos to the features of each.
+# Maps videos to the features of each, by temporal patch.
 Encode = Callable[[Sequence[ProcessedVideo]], Sequence[Float[np.ndarray, "..."]]]
+# Maps features of temporal patches to those of a prompt; see Processor.arrange.
+Arrange = Callable[[Float[np.ndarray, "..."], Visual], Float[np.ndarray, "..."]]
 # Maps a function to its results in all processes. Every process must call it.
 Share = Callable[[Callable[[], Any]], list[Any]]
 # Features and layout of each video, or the reason why it has none, by
@@ -63,6 +65,7 @@ class FeatureStore(NamedTuple):
   memory: float = 0.0  # Largest size of `cached` in bytes.
   # Tokens that features are padded to, if videos have different numbers; or 0.
   length: int = 0
+  arrange: Arrange = lambda features, visual: features  # Processor.arrange.
 
   def has(self, path: VideoPath) -> bool:
     """Returns whether the video has features."""
@@ -79,11 +82,15 @@ class FeatureStore(NamedTuple):
   def get(
     self, path: VideoPath, start: int = 0, stop: int | None = None
   ) -> Float[np.ndarray, "..."]:
-    """Returns the features of a video in float16, or of a range of temporal patches."""
-    feature, time = self._load(path), self.get_layout(path).grid.time
-    start, stop, _ = slice(start, stop).indices(time)
-    each = len(feature) // time
-    feature = feature[start * each : stop * each]
+    """Returns the features of a prompt in float16, for a video or a part of it.
+
+    Args:
+      path: The video.
+      start: First temporal patch.
+      stop: Temporal patch after the last one; None for the end of the video.
+    """
+    part = self.get_layout(path).select(start, stop)
+    feature = self.arrange(self._load(path)[start:stop], part)
     if self.length:
       more = [(0, self.length - len(feature)), *[(0, 0)] * (feature.ndim - 1)]
       feature = np.pad(feature, more)
@@ -173,7 +180,9 @@ def build_feature_store(
     else:
       layouts[name] = result
   files = {name: path for name, path in files.items() if name not in failures}
-  return FeatureStore(files, layouts, failures, {}, memory_gb * GB)
+  return FeatureStore(
+    files, layouts, failures, {}, memory_gb * GB, 0, processor.arrange
+  )
 
 
 def _write_all(

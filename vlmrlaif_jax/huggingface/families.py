@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, Protocol
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from vlmrlaif_jax.data.processors.interface import Processor
+from vlmrlaif_jax.data.processors.llava_onevision import LlavaOnevisionProcessor
 from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
 from vlmrlaif_jax.huggingface import config_keys, tensor_files
 from vlmrlaif_jax.huggingface.config_keys import HfConfig, read_json_object
 from vlmrlaif_jax.huggingface.param_mapping import NameTable
 from vlmrlaif_jax.huggingface.tensor_files import Tensors
-from vlmrlaif_jax.models import qwen2_5_vl, qwen3_vl, vlm
+from vlmrlaif_jax.models import llava_onevision, qwen2_5_vl, qwen3_vl, vlm
 
 
 class ProcessorClass(Protocol):
@@ -51,6 +52,9 @@ class Family(NamedTuple):
 FAMILIES = {
   "qwen3_vl": Family("Qwen3-VL", qwen3_vl, Qwen3VLProcessor),
   "qwen2_5_vl": Family("Qwen2.5-VL", qwen2_5_vl, Qwen25VLProcessor),
+  "llava_onevision": Family(
+    "LLaVA-OneVision", llava_onevision, LlavaOnevisionProcessor
+  ),
 }
 
 # Shardings of the parameters of all families over the mesh.
@@ -129,13 +133,14 @@ def match_config(folder: Path, config: HfConfig, tensors: Tensors) -> HfConfig:
   Raises:
     ValueError: The files lack it, although the embeddings are not tied.
   """
-  tied = {"tie_word_embeddings": "lm_head.weight" not in tensors}
+  name, _ = FAMILIES[config["model_type"]].models.HF["llm/lm_head/kernel"]
+  tied = {"tie_word_embeddings": name not in tensors}
   is_stated = config["tie_word_embeddings"] or config["text_config"].get(
     "tie_word_embeddings"
   )
   if tied["tie_word_embeddings"] and not is_stated:
     raise ValueError(
-      f"{folder} has no tensor lm_head.weight, but tie_word_embeddings is false in its "
+      f"{folder} has no tensor {name}, but tie_word_embeddings is false in its "
       "config.json. Download it again."
     )
   return {**config, **tied, "text_config": {**config["text_config"], **tied}}

@@ -8,6 +8,7 @@ a video.
 The language model is Qwen2; see LLM_VARIANTS.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,18 +18,19 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from vlmrlaif_jax.models import siglip
+from vlmrlaif_jax.models import projector, siglip
+from vlmrlaif_jax.models.clip import CLIP_ACTIVATIONS
 from vlmrlaif_jax.models.decoders import qwen2
-from vlmrlaif_jax.models.layers import Layer, VisualFeatures
-from vlmrlaif_jax.models.projector import (
-  HF as HF_PROJECTOR,
+from vlmrlaif_jax.models.layers import (
+  DTypes,
+  Layer,
+  VisualFeatures,
+  describe_settings,
+  read_fields,
 )
-from vlmrlaif_jax.models.projector import (
-  SHARDING as PROJECTOR_SHARDING,
-)
-from vlmrlaif_jax.models.projector import (
-  Projector,
-)
+from vlmrlaif_jax.models.ops.pooling import POOLINGS, list_identity, pool_patches
+from vlmrlaif_jax.models.projector import PROJECTOR_ACTIVATIONS
+from vlmrlaif_jax.models.vlm import VLM
 
 _SOURCES = 4  # Patches that a pooled feature depends on.
 
@@ -53,20 +55,21 @@ LLM_VARIANTS: dict[str, dict[str, Any]] = {
 CONFIG = siglip.CONFIG
 
 # Shardings of parameters over the mesh: the first pattern that matches applies.
-SHARDING = ((r"merger/newline", P()), *PROJECTOR_SHARDING, *siglip.SHARDING)
+SHARDING = ((r"merger/newline", P()), *projector.SHARDING, *siglip.SHARDING)
 
-# Modules of the tower that may be trained as the projector.
-MERGERS = ("merger",)
+# Modules of the tower that model.train_merger makes a part of the projector, and their
+# names in transformers.
+MERGERS = {"merger": "multi_modal_projector"}
 
-# Sources of all parameters in a Hugging Face checkpoint; see llama.HF.
+# Sources of all parameters, as published checkpoints name them; see llama.HF.
 HF = {
   **{
-    f"vision/tower/{path}": (f"vision_tower.{name}", op)
+    f"vision/tower/{path}": (f"vision_tower.vision_model.{name}", op)
     for path, (name, op) in siglip.HF_VISION.items()
   },
   **{
     f"vision/merger/mlp/{path}": (f"multi_modal_projector.{name}", op)
-    for path, (name, op) in HF_PROJECTOR.items()
+    for path, (name, op) in projector.HF.items()
   },
   "vision/merger/newline": ("image_newline", ""),
   **{
@@ -75,9 +78,17 @@ HF = {
   },
 }
 
-# Values that the layers require, by part of the config; "" is the config itself.
+# Patterns of names in other checkpoints -> names as in HF. transformers 4.52 and later
+# has other names in memory, and 5 on disk.
+RENAMES: tuple[tuple[str, str], ...] = (
+  (r"^model\.(?=language_model|vision_tower|multi_modal|image_newline)", ""),
+  (r"^lm_head\.", "language_model.lm_head."),
+  (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+  (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+
+# Values that a config must have, by its part.
 REQUIRED: dict[str, dict[str, Any]] = {
-  "": dict(vision_feature_select_strategy="full", multimodal_projector_bias=True),
   "text_config": dict(model_type="qwen2", hidden_act="silu"),
   "vision_config": dict(model_type="siglip_vision_model", num_channels=3),
 }
@@ -85,64 +96,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
 # Places of the newline: at the end of a video, of each frame, or of each row of the
 # features of a frame. The names are those of the LLaVA repository.
 NEWLINES = ("one_token", "frame", "grid")
-
-
-def list_bilinear(
-  size: int,
-) -> tuple[Int[np.ndarray, "half 2"], Float[np.ndarray, "half 2"]]:
-  """Returns the sources of bilinear pooling on one axis, and their weights.
-
-  It is interpolation to half the size, rounded up, without aligned corners.
-
-  >>> print(list_bilinear(3)[1])
-  [[0.75 0.25]
-   [0.25 0.75]]
-  """
-  half = -(-size // 2)
-  at = np.maximum((np.arange(half) + 0.5) * size / half - 0.5, 0)
-  first = np.floor(at).astype(int)
-  weight = at - first
-  index = np.stack([first, np.minimum(first + 1, size - 1)], axis=1)
-  return index, np.stack([1 - weight, weight], axis=1).astype(np.float32)
-
-
-def list_average(
-  size: int,
-) -> tuple[Int[np.ndarray, "half 2"], Float[np.ndarray, "half 2"]]:
-  """Returns the sources of average pooling of pairs; an odd last source is unused."""
-  index = np.arange(size // 2 * 2).reshape(-1, 2)
-  return index, np.full(index.shape, 0.5, np.float32)
-
-
-def list_identity(
-  size: int,
-) -> tuple[Int[np.ndarray, "size 2"], Float[np.ndarray, "size 2"]]:
-  """Returns the sources of features that are not pooled."""
-  index = np.repeat(np.arange(size)[:, None], 2, axis=1)
-  return index, np.tile(np.array([1, 0], np.float32), (size, 1))
-
-
-# Name of a pooling in the LLaVA repository -> function from a number of patches to the
-# sources of each pooled feature on one axis.
-POOLINGS = {"bilinear": list_bilinear, "average": list_average}
-
-
-def pool_patches(
-  x: Float[Array, "images rows columns embed"],
-  index: Int[np.ndarray, "pooled 2"],
-  weight: Float[np.ndarray, "pooled 2"],
-) -> Float[Array, "images pooled pooled embed"]:
-  """Returns the weighted sums of the sources of POOLINGS, computed in float32."""
-  matrix = np.zeros((len(index), x.shape[1]), np.float32)
-  np.add.at(matrix, (np.arange(len(index))[:, None], index), weight)
-  pooled = jnp.einsum(
-    "ri,cj,nije->nrce",
-    matrix,
-    matrix,
-    x.astype(jnp.float32),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return pooled.astype(x.dtype)
 
 
 def append_newlines(
@@ -167,7 +120,7 @@ class NewlineMerger(Layer):
   activation: str = "gelu"  # A key of PROJECTOR_ACTIVATIONS.
 
   def setup(self):
-    self.mlp = Projector(self.out, self.activation, **self.types)
+    self.mlp = projector.Projector(self.out, self.activation, **self.types)
     init = nn.initializers.normal(self.out**-0.5)
     self.newline = self.param("newline", init, (self.out,), self.param_dtype)
 
@@ -179,17 +132,12 @@ class NewlineMerger(Layer):
 
 
 class SourceConnector(nn.Module):
-  """The link of features and a language model: merged features need no projector."""
+  """The projector of a tower without a merger, which merges sources; see Model."""
 
-  embed: int  # Width of the language model's embeddings.
-  merger: NewlineMerger | None = (
-    None  # Applied to the features of a Model without a merger.
-  )
+  merger: NewlineMerger
 
   def connect(self, features: Float[Array, "batch tokens features"]) -> VisualFeatures:
     """Projects and pools the sources that `Model.features` joined."""
-    if self.merger is None:
-      return VisualFeatures(features)
     channels = features.shape[-1] - _SOURCES - 1
     parts = jnp.split(features, [channels, channels + _SOURCES], axis=-1)
     sources, weights, is_newline = parts
@@ -225,7 +173,7 @@ class Model(Layer, kw_only=True):
   newline: str = "one_token"  # One of NEWLINES.
   # Whether features are merged. If not, those of a token are the hidden states of its
   # sources, their weights, and whether it is the newline; see SourceConnector.
-  merged: bool = True
+  merges: bool = True
 
   def setup(self):
     self.tower = siglip.Model(
@@ -240,7 +188,7 @@ class Model(Layer, kw_only=True):
       select_layer=self.select_layer,
       **self.types,
     )
-    if self.merged:
+    if self.merges:
       self.merger = NewlineMerger(self.out, self.projector_activation, **self.types)
 
   @property
@@ -262,7 +210,11 @@ class Model(Layer, kw_only=True):
   @property
   def feature_shape(self) -> tuple[int, ...]:
     """Shape of the features of a token."""
-    return (self.out if self.merged else _SOURCES * (self.channels + 1) + 1,)
+    return (self.out if self.merges else _SOURCES * (self.channels + 1) + 1,)
+
+  def settings(self) -> dict[str, Any]:
+    """Returns the settings that features depend on."""
+    return describe_settings(self)
 
   def example_inputs(self) -> tuple[Any, ...]:
     """Returns inputs by which the tower is initialized."""
@@ -312,7 +264,7 @@ class Model(Layer, kw_only=True):
   ) -> tuple[Float[Array, "images rows rows features"], Float[Array, " features"]]:
     """Returns the features of tokens and of the newline."""
     square = hidden.shape[0], self.side, self.side, -1
-    if self.merged:
+    if self.merges:
       x, newline = self.merger(hidden)
       return pool_patches(x.reshape(square), index, weight), newline
     rows, columns = index[:, None, :, None], index[None, :, None, :]
@@ -325,3 +277,78 @@ class Model(Layer, kw_only=True):
     ends = jnp.broadcast_to(jnp.asarray(last, flat.dtype), shape)
     x = jnp.concatenate([flat, ends], axis=-1)
     return x, jnp.zeros(x.shape[-1], x.dtype).at[-1].set(1)
+
+
+def make_model(
+  config: Mapping[str, Any], dtype: str, train_merger: bool = False
+) -> VLM:
+  """Builds the model of a config.json.
+
+  Args:
+    config: The config, with the defaults of transformers. It may also have the keys
+      mm_spatial_pool_mode and mm_newline_position of the LLaVA repository.
+    dtype: Dtype of the computation and of frozen parameters.
+    train_merger: Whether the merger is the projector, which SFT trains.
+
+  Raises:
+    ValueError: The config has a value that the layers do not support.
+  """
+  _check_values(config)
+  text, vision = config["text_config"], config["vision_config"]
+  layers = config["vision_feature_layer"]
+  types = DTypes(dtype=dtype, param_dtype=dtype)
+  out, activation = text["hidden_size"], config["projector_hidden_act"]
+  tower = Model(
+    **read_fields(CONFIG, vision),
+    out=out,
+    select_layer=tuple(layers) if isinstance(layers, list) else layers,
+    projector_activation=activation,
+    pool=config.get("mm_spatial_pool_mode", Model.pool),
+    newline=config.get("mm_newline_position", Model.newline),
+    merges=not train_merger,
+    **types,
+  )
+  connector: nn.Module = projector.Connector(out)
+  if train_merger:
+    connector = SourceConnector(NewlineMerger(out, activation, dtype=dtype))
+  return VLM(tower, connector, qwen2.Model(**read_fields(qwen2.CONFIG, text), **types))
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+  """Raises ValueError if the layers do not support a value."""
+  text, vision = config["text_config"], config["vision_config"]
+  layers, count = config["vision_feature_layer"], vision["num_hidden_layers"]
+  each = layers if isinstance(layers, list) else [layers]
+  supported: dict[str, tuple[Any, Collection[Any]]] = {
+    "vision_feature_select_strategy": (
+      config["vision_feature_select_strategy"],
+      ["full"],
+    ),
+    "multimodal_projector_bias": (config["multimodal_projector_bias"], [True]),
+    "use_image_newline_parameter": (
+      config.get("use_image_newline_parameter", True),
+      [True],
+    ),
+    "projector_hidden_act": (config["projector_hidden_act"], PROJECTOR_ACTIVATIONS),
+    "vision_config.hidden_act": (vision["hidden_act"], CLIP_ACTIVATIONS),
+    "text_config.rope_parameters.rope_type": (
+      text["rope_parameters"].get("rope_type", "default"),
+      ["default"],
+    ),
+    "text_config.use_sliding_window": (
+      "sliding_attention" in (text.get("layer_types") or ()),
+      [False],
+    ),
+    "mm_spatial_pool_mode": (config.get("mm_spatial_pool_mode", Model.pool), POOLINGS),
+    "mm_newline_position": (
+      config.get("mm_newline_position", Model.newline),
+      NEWLINES,
+    ),
+    **{f"vision_feature_layer {x}": (x, range(-count - 1, count + 1)) for x in each},
+  }
+  for name, (value, values) in supported.items():
+    if value not in values:
+      known = values if isinstance(values, range) else sorted(values)
+      raise ValueError(
+        f"{name} must be one of {known}, got {value!r}. Give another checkpoint."
+      )

@@ -68,11 +68,8 @@ def encode_videos(
     count = lambda layout: count_features(lay_out(run.processor, layout))
     longest = max(map(count, layouts.values()), default=0)
     length = tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
-  return run._replace(
-    features=features.FeatureStore(
-      files, layouts, failures, cached, store.memory, length
-    )
-  )
+  shared = (files, layouts, failures, cached, store.memory, length, store.arrange)
+  return run._replace(features=features.FeatureStore(*shared))
 
 
 def _encode_local_share(
@@ -124,7 +121,7 @@ def encode_batch(
   size: int,
   videos: Sequence[ProcessedVideo],
 ) -> list[np.ndarray]:
-  """Returns the features of videos.
+  """Returns the features of videos, by temporal patch.
 
   Args:
     policy: model whose vision tower is used.
@@ -148,8 +145,7 @@ def encode_batch(
       np.asarray(call(variables, jax.device_put(_pad_rows(part, size), rows)))
       for part in np.split(images, range(size, time, size))
     ]
-    features = np.concatenate(parts)[:time]
-    encoded.append(features.reshape(-1, features.shape[-1]))
+    encoded.append(np.concatenate(parts)[:time])
   return encoded
 
 

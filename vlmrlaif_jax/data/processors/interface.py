@@ -12,8 +12,8 @@ video in a prompt, and gives each token a position. Families differ in these poi
 - Qwen2.5-VL, Qwen3-VL: see their files.
 
 A video is processed in this order: decoding by `make_reading`, `choose_grid`,
-`process`. `lay_out` returns its text, which
-becomes the token ids of the prompt, and its blocks, which become their positions.
+`process`, the vision tower, `arrange`. `lay_out` returns its text, which becomes the
+token ids of the prompt, and its blocks, which become their positions.
 """
 
 import math
@@ -111,6 +111,21 @@ class Processor(Protocol):
     self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
   ) -> ProcessedVideo:
     """Resizes frames to a grid, normalizes them and cuts them into patches."""
+    ...
+
+  def arrange(
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
+  ) -> Float[np.ndarray, "..."]:
+    """Returns the features of a prompt from those of temporal patches.
+
+    Args:
+      features: features by the vision tower of each temporal patch, or of each frame or
+        crop in some families. They may be a range of those of a video.
+      visual: layout of the video, of the range, or of the image.
+
+    Returns:
+      The features of the placeholders; or those of frames, if the model pools them.
+    """
     ...
 
   def write_text(self, visual: Visual) -> VideoText:

@@ -7,7 +7,7 @@ its positions are those of text.
 import dataclasses
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from vlmrlaif_jax.data.decoding.sampling import ByCount
 from vlmrlaif_jax.data.decoding.squares import FILL
@@ -59,6 +59,12 @@ class LlavaProcessor:
   ) -> ProcessedVideo:
     """Returns frames unchanged: decoders resize them, and the tower normalizes them."""
     return ProcessedVideo(frames, grid)
+
+  def arrange(
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
+  ) -> Float[np.ndarray, "time tokens channels"]:
+    """Returns features unchanged, because the model pools them."""
+    return features
 
   def write_text(self, visual: Visual) -> VideoText:
     r"""Returns the text of a video.

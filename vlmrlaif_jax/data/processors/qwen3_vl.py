@@ -104,6 +104,12 @@ class TemporalPatches:
     std = self.image_std if is_image else self.std
     return make_patches(frames, grid, self.patch, self.merge, mean, std)
 
+  def arrange(
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
+  ) -> Float[np.ndarray, "placeholders channels"]:
+    """Returns the features of temporal patches one after the other."""
+    return features.reshape(-1, features.shape[-1])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3VLProcessor(TemporalPatches):
