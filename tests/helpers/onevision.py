@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from tests.helpers.checkpoints import shake
 from vlmrlaif_jax.data.processors.llava_onevision import (
@@ -134,6 +135,47 @@ def write_checkpoint(folder, frames=6):
   ):
     (folder / f"{name}.json").write_text(json.dumps(settings | more))
   return hf
+
+
+def write_original(folder, hf, **settings):
+  """The layout of the LLaVA repository, with the config of its tower next to it."""
+  tower = folder.parent / "tower"
+  tower.mkdir()
+  vision = hf.config.vision_config.to_dict()
+  vision["num_hidden_layers"] += 1  # The last layer is not used.
+  (tower / "config.json").write_text(json.dumps(vision))
+  text = hf.config.text_config.to_dict()
+  config = {
+    **{key: text[key] for key in qwen2.CONFIG.values() if key in text},
+    "rope_theta": text["rope_parameters"]["rope_theta"],
+    "model_type": "llava_qwen",
+    "hidden_act": "silu",
+    "mm_vision_tower": "tower",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_hidden_size": vision["hidden_size"],
+    "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+    "image_aspect_ratio": "anyres_max_9",
+    "image_grid_pinpoints": [[wide, high] for high, wide in PINPOINTS],
+    "use_mm_proj": True,
+    **settings,
+  }
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(config))
+  lead = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
+          ("multi_modal_projector.linear_1", "model.mm_projector.0"),
+          ("multi_modal_projector.linear_2", "model.mm_projector.2"),
+          ("vision_tower.", "model.vision_tower.vision_tower."),
+          ("image_newline", "model.image_newline"))  # fmt: skip
+  tensors = {
+    new + name.removeprefix(old): x.contiguous()
+    for name, x in tensors_of(hf).items()
+    for old, new in lead
+    if name.startswith(old)
+  }
+  save_file(tensors, folder / "model.safetensors")
 
 
 def make_tokenizer(template=TEMPLATE):

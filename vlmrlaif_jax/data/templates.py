@@ -309,15 +309,15 @@ def _find_video_token(tokenizer) -> str:
     )
     for text in (_LLAVA_VIDEO, "")
   )
-  found = [
+  written = [
     token
     for token in get_special_tokens(tokenizer)
     if with_video.count(token) > without.count(token)
   ]
-  if len(found) != 1:
+  if len(written) != 1:
     raise ValueError(
       "the tokenizer's chat template must write one special token for a video, but it "
-      f"writes {found}: set --config.model.template to another one of "
+      f"writes {written}: set --config.model.template to another one of "
       f"{sorted(CONVERSATION_TEMPLATES)}"
     )
-  return found[0]
+  return written[0]

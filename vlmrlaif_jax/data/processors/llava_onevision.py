@@ -99,8 +99,8 @@ class LlavaOnevisionProcessor:
       settings["max_crops"] = int(aspect.removeprefix(_ASPECT))
     else:
       problems.append(f"vision_aspect_ratio must be {_ASPECT}9 or so, not {aspect}")
-    if video.get("num_frames") is not None:
-      settings["frames"] = video["num_frames"]
+    frames = video.get("num_frames") or config.get("frames_upbound")
+    settings["frames"] = frames or cls.frames
     return cls(**settings), problems
 
   def limit(
