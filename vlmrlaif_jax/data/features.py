@@ -40,7 +40,7 @@ from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
 # Maps videos to the features of each, by temporal patch.
 Encode = Callable[[Sequence[ProcessedVideo]], Sequence[Float[np.ndarray, "..."]]]
 # Maps features of temporal patches to those of a prompt; see Processor.arrange.
-Arrange = Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]]
+Arrange = Callable[[Float[np.ndarray, "..."], Visual], Float[np.ndarray, "..."]]
 # Maps a function to its results in all processes. Every process must call it.
 Share = Callable[[Callable[[], Any]], list[Any]]
 # Features and layout of each video, or the reason why it has none, by
@@ -66,7 +66,7 @@ class FeatureStore(NamedTuple):
   memory: float = 0.0  # Largest size of `cached` in bytes.
   # Tokens that features are padded to, if videos have different numbers; or 0.
   length: int = 0
-  arrange: Arrange = lambda features: features  # Processor.arrange.
+  arrange: Arrange = lambda features, visual: features  # Processor.arrange.
 
   def has(self, path: VideoPath) -> bool:
     """Returns whether the video has features."""
@@ -90,7 +90,8 @@ class FeatureStore(NamedTuple):
       start: First temporal patch.
       stop: Temporal patch after the last one; None for the end of the video.
     """
-    feature = self.arrange(self._load(path)[start:stop])
+    part = self.get_layout(path).select(start, stop)
+    feature = self.arrange(self._load(path)[start:stop], part)
     if self.length:
       more = [(0, self.length - len(feature)), *[(0, 0)] * (feature.ndim - 1)]
       feature = np.pad(feature, more)
@@ -258,8 +259,8 @@ def _read_layout(
 
 def parse_layout(value: Mapping[str, Any]) -> Visual:
   """Returns a layout from the fields that JSON has of it."""
-  rest = {"seconds": tuple(value["seconds"]), "rate": value["rate"]}
-  return Visual(Grid(*value["grid"]), **rest)
+  seconds, size = tuple(value["seconds"]), tuple(value["size"])
+  return Visual(Grid(*value["grid"]), seconds, value["rate"], size)
 
 
 def _encode_batches(

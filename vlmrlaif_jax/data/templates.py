@@ -9,13 +9,15 @@ contain. `tokenization.encode_conversation` treats only marked tokens as special
 import functools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 # Noncharacters, which Unicode reserves for internal use.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Around a special token of the template.
 VIDEO_MARK = "\ufdd2"  # Position of a run of video features.
+# A video as LLaVA's processors write it.
+_LLAVA_VIDEO = VIDEO_MARK + "\n"
 _HIDE, _SHOW = "\ufdd3", "\ufdd4"  # Around the index of a special token in user text.
 _NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers mark byte tokens as special.
@@ -254,18 +256,68 @@ def _render_chat(tokenizer, template, turns, system) -> Script:
 
 def _apply_chat_template(tokenizer, turns, system=None) -> str:
   """Renders turns with Jinja, with a generation prompt if the last answer is None."""
-  messages = [] if system is None else [{"role": "system", "content": system}]
+  messages = [] if system is None else [("system", system)]
   for question, answer in turns:
-    messages.append({"role": "user", "content": question})
+    messages.append(("user", question))
     if answer is not None:
-      messages.append({"role": "assistant", "content": answer})
+      messages.append(("assistant", answer))
   if tokenizer.chat_template is None:
     raise ValueError(
       "template is chat_template, but the tokenizer has none: set "
       f"--config.model.template to another one of {sorted(CONVERSATION_TEMPLATES)}, or "
       "add chat_template.jinja to the tokenizer's folder"
     )
-  open_ended = messages[-1]["role"] == "user"
-  return tokenizer.apply_chat_template(
-    messages, tokenize=False, add_generation_prompt=open_ended
+  has_parts = _reads_parts(tokenizer)
+  rendered = tokenizer.apply_chat_template(
+    [_make_message(role, text, has_parts) for role, text in messages],
+    tokenize=False,
+    add_generation_prompt=messages[-1][0] == "user",
   )
+  if has_parts and any(text.startswith(_LLAVA_VIDEO) for _, text in messages):
+    rendered = rendered.replace(_find_video_token(tokenizer), VIDEO_MARK)
+  return rendered
+
+
+@functools.lru_cache
+def _reads_parts(tokenizer) -> bool:
+  """Returns whether a chat template skips messages that are no list of parts."""
+  message = _make_message("user", VIDEO_MARK, has_parts=False)
+  return VIDEO_MARK not in tokenizer.apply_chat_template([message], tokenize=False)
+
+
+def _make_message(role: str, text: str, has_parts: bool) -> dict[str, Any]:
+  """Returns a message; a template of parts writes the line break after a video."""
+  if not has_parts:
+    return {"role": role, "content": text}
+  rest = text.removeprefix(_LLAVA_VIDEO)
+  parts = [{"type": "text", "text": rest}]
+  if rest != text:
+    parts.insert(0, {"type": "video"})
+  return {"role": role, "content": parts}
+
+
+@functools.lru_cache
+def _find_video_token(tokenizer) -> str:
+  """Returns the special token that a chat template of parts writes for a video.
+
+  Raises:
+    ValueError: It writes none, or several.
+  """
+  with_video, without = (
+    tokenizer.apply_chat_template(
+      [_make_message("user", text, has_parts=True)], tokenize=False
+    )
+    for text in (_LLAVA_VIDEO, "")
+  )
+  written = [
+    token
+    for token in get_special_tokens(tokenizer)
+    if with_video.count(token) > without.count(token)
+  ]
+  if len(written) != 1:
+    raise ValueError(
+      "the tokenizer's chat template must write one special token for a video, but it "
+      f"writes {written}: set --config.model.template to another one of "
+      f"{sorted(CONVERSATION_TEMPLATES)}"
+    )
+  return written[0]

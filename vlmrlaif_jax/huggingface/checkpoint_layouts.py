@@ -125,6 +125,9 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
     return CheckpointLayout(name, full, own, tuple(key_notes))
   if "mm_vision_tower" in config:
     tensors, notes = published_names.open_tensors(folder)
+    if families.is_original_onevision(config):
+      full, notes = families.convert_original(folder, config, tensors, tower)
+      return CheckpointLayout("original LLaVA-OneVision", full, tensors, notes)
     return _open_original(folder, config, tensors, notes, tower)
   if model_type == "llava":
     full, key_notes = _read_llava(folder)
@@ -320,12 +323,9 @@ def _open_plain(folder: Path, config: HfConfig, tower: str) -> CheckpointLayout:
     *tower_notes,
   )
   name = f"plain {_TEXT_NAMES[config['model_type']]}"
-  return CheckpointLayout(
-    name,
-    full,
-    {**tensors, **tower_tensors, **vision_towers.make_random_projector(full)},
-    notes,
-  )
+  projector_tensors = vision_towers.make_random_projector(full)
+  together: Tensors = {**tensors, **tower_tensors, **projector_tensors}
+  return CheckpointLayout(name, full, together, notes)
 
 
 def join_configs(

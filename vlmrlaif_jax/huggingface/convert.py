@@ -361,11 +361,12 @@ def save_llava(
     train_merger: As in load_llava.
 
   Raises:
-    ValueError: The projector does not have 2 layers.
+    ValueError: The projector does not have 2 layers, or transformers has no such model.
   """
   table = make_table(config, train_merger=train_merger)
   if config["model_type"] in FAMILIES:
-    save_tensors(Path(folder), table, params, config, dtype)
+    rest = families.drop_original_keys(config)
+    save_tensors(Path(folder), table, params, rest, dtype)
     return
   depth = config["projector_depth"]
   if depth != 2:

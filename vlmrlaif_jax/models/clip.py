@@ -330,9 +330,14 @@ class VisionTower(Tower, kw_only=True):
     patches = self.patches(images)
     return patches.reshape(*video.shape[:2], *patches.shape[1:])
 
-  def _embed(self, pixels: Float[Array, "batch height width 3"]) -> HiddenStates:
+  def _cut(
+    self, pixels: Float[Array, "batch height width 3"]
+  ) -> Float[Array, "batch patches channels"]:
+    return cut_patches(pixels, self.image, self.patch)
+
+  def _embed(self, patches: Float[Array, "batch patches channels"]) -> HiddenStates:
     """Returns embeddings of the class token, if any, and of patches in raster order."""
-    x = self.patch_kernel(cut_patches(pixels, self.image, self.patch))
+    x = self.patch_kernel(patches)
     if not self.class_token:
       return x + self.position_embedding.astype(x.dtype)
     first = jnp.broadcast_to(self.class_embedding, (len(x), 1, self.embed))
@@ -346,14 +351,20 @@ class VisionTower(Tower, kw_only=True):
 
     It is that of the class token or, without a class token, that of every patch.
     """
-    x = run_blocks(self.blocks, self._embed(pixels), self.layers)
+    x = run_blocks(self.blocks, self._embed(self._cut(pixels)), self.layers)
     return self.post_norm(x[:, 0] if self.class_token else x)
 
   def patches(
     self, pixels: Float[Array, "batch height width 3"]
   ) -> Float[Array, "batch patches channels"]:
     """Computes the selected hidden states of the patches; later layers do not run."""
-    x, done, states = self._embed(pixels), 0, {}
+    return self.encode_patches(self._cut(pixels))
+
+  def encode_patches(
+    self, patches: Float[Array, "batch patches channels"]
+  ) -> Float[Array, "batch patches features"]:
+    """Computes the hidden states of `patches` from the result of cut_patches."""
+    x, done, states = self._embed(patches), 0, {}
     for layer in sorted(set(self.selected_layers)):
       states[layer] = x = run_blocks_between(self.blocks, x, done, layer)
       done = layer

@@ -47,7 +47,7 @@ def read_clip(
     raise _make_decode_error(pathlib.Path(path), str(error)) from error
   size = sharding.num_batch_shards(run.mesh)
   encode = functools.partial(run_video.encode_batch, run.policy, run.base, run.mesh)
-  features = run.processor.arrange(encode(size, [processed])[0])
+  features = run.processor.arrange(encode(size, [processed])[0], layout)
   if run.processor.layout is not None:  # As in training. Others equal transformers.
     features = features.astype(np.float16)
   return ChatClip(features, layout)

@@ -50,6 +50,8 @@ class Visual(NamedTuple):
   grid: Grid
   seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
   rate: float = 0.0  # Frames per second: their number / the seconds of the video.
+  # Height and width of an image in pixels, before it is resized; () for a video.
+  size: tuple[int, ...] = ()
 
   @property
   def patch_frames(self) -> int:
@@ -58,11 +60,11 @@ class Visual(NamedTuple):
 
   def select(self, start: int, stop: int | None) -> "Visual":
     """Returns a range of temporal patches, which are frames in some families."""
-    grid, seconds, rate = self
+    grid, seconds = self.grid, self.seconds
     each = self.patch_frames
     start, stop, _ = slice(start, stop).indices(grid.time)
     part = grid._replace(time=stop - start)
-    return Visual(part, seconds[start * each : stop * each], rate)
+    return self._replace(grid=part, seconds=seconds[start * each : stop * each])
 
 
 class ProcessedVideo(NamedTuple):
@@ -145,13 +147,14 @@ class Processor(Protocol):
     ...
 
   def arrange(
-    self, features: Float[np.ndarray, "time tokens channels"]
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
   ) -> Float[np.ndarray, "..."]:
     """Returns the features of a prompt from those of temporal patches.
 
     Args:
-      features: features by the vision tower of each temporal patch, or of each frame in
-        some families. They may be a range of those of a video.
+      features: features by the vision tower of each temporal patch, or of each frame or
+        crop in some families. They may be a range of those of a video.
+      visual: layout of the video, of the range, or of the image.
 
     Returns:
       The features of the placeholders; or those of frames, if the model pools them.
@@ -184,7 +187,8 @@ def process_frames(
   grid = processor.choose_grid(*frames.size, count if count > 1 else None)
   # Without errors of sums, which would change the decimals that a text has.
   seconds = frames.seconds.round(6).tolist() if count > 1 else []
-  layout = processor.layout or Visual(grid, tuple(seconds))
+  size = () if count > 1 else frames.size
+  layout = processor.layout or Visual(grid, tuple(seconds), size=size)
   return processor.process(frames.pixels, grid), layout
 
 

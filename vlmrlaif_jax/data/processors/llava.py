@@ -84,9 +84,9 @@ class LlavaProcessor:
     return ProcessedVideo(frames, grid)
 
   def arrange(
-    self, features: Float[np.ndarray, "time tokens channels"]
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
   ) -> Float[np.ndarray, "time tokens channels"]:
-    """Returns features unchanged: the model pools those of frames."""
+    """Returns features unchanged, because the model pools them."""
     return features
 
   def write_text(self, visual: Visual) -> VideoText:

@@ -265,7 +265,7 @@ class TemporalPatches(abc.ABC):
     return ProcessedVideo(cut_temporal_patches(pixels, self.patch, self.merge), grid)
 
   def arrange(
-    self, features: Float[np.ndarray, "time tokens channels"]
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
   ) -> Float[np.ndarray, "places channels"]:
     """Returns the features of the placeholders, which are those of all patches."""
     return features.reshape(-1, features.shape[-1])
