@@ -338,7 +338,7 @@ def test_tokenizer_that_does_not_tell_offsets_is_refused(tmp_path):
 
 def test_video_of_several_runs_has_its_text_and_the_positions_of_its_blocks(words):
   square = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
-  video = VideoTokens(["it ", 4, "</s> then ", 4], [square, square], axes=3)
+  video = VideoTokens([["it ", 4, "</s> then ", 4]], [square, square], axes=3)
   found = tokenization.encode_conversation(words, BRIEF, [("ring", None)], video=video)
   assert found.ids == ids("<s> USER: it V V V V </s> then V V V V ring ASSISTANT:")
   assert not any(found.learn)
