@@ -35,7 +35,14 @@ from vlmrlaif_jax.data.processors.interface import (
   process_frames,
 )
 from vlmrlaif_jax.data.time_range import split_time_range
-from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
+from vlmrlaif_jax.data.video import (
+  Media,
+  MediaList,
+  VideoPath,
+  format_video_name,
+  list_files,
+  list_media,
+)
 
 # Maps videos to the features of each.
 Encode = Callable[[Sequence[ProcessedVideo]], Sequence[Float[np.ndarray, "..."]]]
@@ -53,7 +60,8 @@ PROGRESS_EVERY = 512  # Videos between two lines of progress.
 class FeatureStore(NamedTuple):
   """Features by video, on disk, and in memory up to a limit.
 
-  The keys of all fields are names by format_video_name.
+  The keys of all fields are names by format_video_name. Methods also take several
+  videos and images of one conversation.
   """
 
   files: dict[str, pathlib.Path]  # File of each video with features.
@@ -61,33 +69,55 @@ class FeatureStore(NamedTuple):
   failures: dict[str, str]  # Reason why a video has no features.
   cached: dict[str, np.ndarray]  # Features in memory.
   memory: float = 0.0  # Largest size of `cached` in bytes.
-  # Tokens that features are padded to, if videos have different numbers; or 0.
+  # Tokens that the features of a conversation are padded to, if videos have different
+  # numbers; or 0.
   length: int = 0
 
-  def has(self, path: VideoPath) -> bool:
-    """Returns whether the video has features."""
-    return format_video_name(path) in self.files
+  def has(self, media: Media) -> bool:
+    """Returns whether all videos have features."""
+    return all(format_video_name(path) in self.files for path in list_media(media))
+
+  def get_failure(self, media: Media) -> str:
+    """Returns the reason why the first unreadable video has no features."""
+    names = map(format_video_name, list_media(media))
+    return next(self.failures[name] for name in names if name not in self.files)
 
   def get_layout(self, path: VideoPath) -> Visual:
     """Returns the grid and the times of a video."""
     return self.layouts[format_video_name(path)]
 
-  def digest(self, path: VideoPath) -> str:
-    """Returns the hash that identifies a video's content and features."""
-    return self.files[format_video_name(path)].stem
+  def digest(self, media: Media) -> str:
+    """Returns the hash that identifies the content and the features of videos."""
+    stems = [self.files[format_video_name(path)].stem for path in list_media(media)]
+    if not isinstance(media, MediaList):
+      return stems[0]
+    return hashlib.sha256(" ".join(stems).encode()).hexdigest()[:32]
 
   def get(
-    self, path: VideoPath, start: int = 0, stop: int | None = None
+    self, media: Media, start: int = 0, stop: int | None = None
   ) -> Float[np.ndarray, "..."]:
-    """Returns the features of a video in float16, or of a range of temporal patches."""
-    feature, time = self._load(path), self.get_layout(path).grid.time
-    start, stop, _ = slice(start, stop).indices(time)
-    each = len(feature) // time
-    feature = feature[start * each : stop * each]
+    """Returns the features of a conversation's videos in float16, in order.
+
+    Args:
+      media: One video, or several videos and images.
+      start: First temporal patch of each video.
+      stop: Temporal patch after the last one; None for all.
+    """
+    parts = [self._select(path, start, stop) for path in list_media(media)]
+    feature = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if self.length:
       more = [(0, self.length - len(feature)), *[(0, 0)] * (feature.ndim - 1)]
       feature = np.pad(feature, more)
     return feature
+
+  def _select(
+    self, path: VideoPath, start: int, stop: int | None
+  ) -> Float[np.ndarray, "..."]:
+    """Returns the features of a range of a video's temporal patches."""
+    feature, time = self._load(path), self.get_layout(path).grid.time
+    start, stop, _ = slice(start, stop).indices(time)
+    each = len(feature) // time
+    return feature[start * each : stop * each]
 
   def _load(self, path: VideoPath) -> Float[np.ndarray, "..."]:
     """Returns the features of a whole video.
@@ -104,9 +134,9 @@ class FeatureStore(NamedTuple):
       self.cached[name] = feature = np.array(feature)
     return feature
 
-  def stack(self, videos: Iterable[VideoPath]) -> Float16[np.ndarray, "batch ..."]:
-    """Returns the features of a batch of videos."""
-    return np.stack([self.get(video) for video in videos])
+  def stack(self, rows: Iterable[Media]) -> Float16[np.ndarray, "batch ..."]:
+    """Returns the features of a batch of conversations."""
+    return np.stack([self.get(media) for media in rows])
 
 
 def build_feature_store(

@@ -20,7 +20,7 @@ from vlmrlaif_jax.data import records, templates, tokenization
 from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.data.records import Example, Record, SkippedRecord
 from vlmrlaif_jax.data.time_range import split_time_range
-from vlmrlaif_jax.data.video import VideoPath, check_decoder
+from vlmrlaif_jax.data.video import Media, check_decoder
 from vlmrlaif_jax.data.world import builder
 
 
@@ -248,7 +248,7 @@ def tokenize_examples(
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
   *,
-  lay_out: Callable[[VideoPath], VideoTokens],
+  lay_out: Callable[[Media], VideoTokens],
   prompt_len: int,
   response_len: int,
   answered: bool,
@@ -260,7 +260,7 @@ def tokenize_examples(
     examples: Examples to tokenize.
     tokenizer: Tokenizer of the model.
     template: Conversation template.
-    lay_out: Returns the text and positions of a video.
+    lay_out: Returns the texts and positions of a conversation's videos and images.
     prompt_len: Largest number of tokens of a prompt.
     response_len: Largest number of tokens of a response.
     answered: True for rows with answers, to train on. False for prompts only, with a

@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, records, tokenization
 from vlmrlaif_jax.data.processors.interface import Processor
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import run as run_lib
@@ -224,9 +224,9 @@ def _load_splits(
   return load()
 
 
-def _list_videos(run: Run) -> list[VideoPath]:
+def _list_videos(run: Run) -> list[Media]:
   """Lists the videos of all splits and of all preference files in the config."""
-  videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
+  videos: list[Media] = [e["video"] for part in run.splits for e in part]
   sections = [each for each in run.config.values() if isinstance(each, ConfigDict)]
   for path in filter(None, (each.get("preferences") for each in sections)):
     pairs, _ = video.read_run_preferences(run, path)
@@ -243,9 +243,7 @@ def _drop_failures(
   """
   readable = [[e for e in part if store.has(e["video"])] for part in splits]
   problems = [
-    records.SkippedRecord(
-      e["id"], store.failures[features.format_video_name(e["video"])]
-    )
+    records.SkippedRecord(e["id"], store.get_failure(e["video"]))
     for part in splits
     for e in part
     if not store.has(e["video"])

@@ -23,7 +23,7 @@ from vlmrlaif_jax.data import features, pipeline, tokenization
 from vlmrlaif_jax.data.processors import interface
 from vlmrlaif_jax.data.prompts import PROMPT_STYLES, Prompts
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media, list_media
 from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models import decoder, vlm
 from vlmrlaif_jax.models.decoders import llama, qwen2
@@ -63,11 +63,18 @@ class Run(NamedTuple):
   watch: StageMonitor = NO_MONITOR  # Monitor of the running stage.
 
   def lay_out_video(
-    self, video: VideoPath, start: int = 0, stop: int | None = None
+    self, media: Media, start: int = 0, stop: int | None = None
   ) -> interface.VideoTokens:
-    """Returns the text and positions of an encoded video, or of a range of it."""
-    layout = self.features.get_layout(video).select(start, stop)
-    return interface.lay_out(self.processor, layout)
+    """Returns the text and positions of a conversation's encoded videos and images.
+
+    Args:
+      media: one video, or several videos and images.
+      start: first temporal patch of each video.
+      stop: temporal patch after the last one; None for all.
+    """
+    layouts = map(self.features.get_layout, list_media(media))
+    parts = [layout.select(start, stop) for layout in layouts]
+    return interface.lay_out(self.processor, *parts)
 
   @property
   def prompts(self) -> Prompts:

@@ -16,7 +16,7 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import Batch, Groups, Params, group_rows
 from vlmrlaif_jax.data import records, tokenization
 from vlmrlaif_jax.data.records import PreferenceExample
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering
@@ -162,7 +162,7 @@ def make_scored_batch(
 
 def _pad_batch(
   run: Run,
-  videos: Sequence[VideoPath],
+  videos: Sequence[Media],
   encoded: Sequence[tokenization.EncodedConversation],
   starts: Sequence[int] | None = None,
 ) -> Batch:
@@ -203,7 +203,7 @@ def make_pairs_batch(
     rows: indices of the pairs in the batch.
   """
   max_response_len = run.config.data.response_len
-  videos: list[VideoPath] = []
+  videos: list[Media] = []
   encoded: list[tokenization.EncodedConversation] = []
   starts: list[int] = []
   for pair in [pairs[i] for i in rows]:

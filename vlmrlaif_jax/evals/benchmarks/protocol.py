@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.data.records import Example, SkippedRecord
-from vlmrlaif_jax.data.video import VideoPath, format_video_name
+from vlmrlaif_jax.data.video import Media, format_video_name
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Similarity
@@ -49,7 +49,7 @@ class BenchmarkQuestion(NamedTuple):
   """A question about a video."""
 
   id: str  # Unique in the benchmark; the cached answer is stored under it.
-  video: VideoPath
+  video: Media
   text: str
   options: tuple[str, ...] = ()  # Options of a multiple choice.
 
@@ -100,7 +100,7 @@ class JudgeCase(NamedTuple):
   """A model's answers for a judge to rate, with the right answer."""
 
   id: str
-  video: VideoPath
+  video: Media
   prompt: str  # Complete prompt of the judge.
   answer: str  # The right answer.
   # One response, or one per question if several questions share a right answer.
