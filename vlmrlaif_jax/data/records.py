@@ -229,11 +229,11 @@ def _make_example(
   row: dict[str, Any], folders: media.MediaFolders, *, need_answer: bool
 ) -> dict[str, Any]:
   messages = conversations.read_messages(row)
-  found = media.find_media(row, messages, folders)
+  visuals = media.find_media(row, messages, folders)
   if need_answer and messages[-1].role != "gpt" and preferences.has_pair(row):
     raise ValueError("it is a preference: give its file as that of preferences")
-  has_tags = "question" not in row
-  talk = turns.join_turns(messages, found, need_answer=need_answer, has_tags=has_tags)
+  has_tags = "question" not in row or conversations.has_list(row)
+  talk = turns.join_turns(messages, visuals, need_answer=need_answer, has_tags=has_tags)
   question, answer = talk.turns[0]
   example = {
     "video": talk.video,
@@ -249,9 +249,9 @@ def _make_preference(
   row: dict[str, Any], folders: media.MediaFolders
 ) -> dict[str, Any]:
   pair = preferences.read_pair(row)
-  found = media.find_media(row, pair.messages, folders)
-  has_tags = "question" not in row
-  talk = turns.join_turns(pair.messages, found, need_answer=False, has_tags=has_tags)
+  visuals = media.find_media(row, pair.messages, folders)
+  has_tags = "question" not in row or conversations.has_list(row)
+  talk = turns.join_turns(pair.messages, visuals, need_answer=False, has_tags=has_tags)
   if pair.output_1.split() == pair.output_2.split():
     raise ValueError("its two answers are identical")
   *history, (question, _) = talk.turns

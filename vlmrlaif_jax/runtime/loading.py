@@ -70,7 +70,7 @@ def create_run(
   splits, problems = _load_splits(config, workdir)
   run = run._replace(splits=splits, watch=watch)
   run = video.encode_videos(run, _list_videos(run), note)
-  readable, unreadable = _drop_failures(splits, run.features)
+  readable, unreadable = _drop_failures(run, splits)
   problems += unreadable
   if problems:
     ids = {e["id"] for part in readable for e in part}
@@ -235,20 +235,25 @@ def _list_videos(run: Run) -> list[Media]:
 
 
 def _drop_failures(
-  splits: pipeline.Splits, store: features.FeatureStore
+  run: Run, splits: pipeline.Splits
 ) -> tuple[pipeline.Splits, list[records.SkippedRecord]]:
-  """Returns the splits without examples whose video is unreadable, and these examples.
+  """Returns the splits without examples that the model cannot read, and these examples.
 
   A record may be in two splits, but is reported once.
   """
-  readable = [[e for e in part if store.has(e["video"])] for part in splits]
-  problems = [
-    records.SkippedRecord(e["id"], store.get_failure(e["video"]))
-    for part in splits
-    for e in part
-    if not store.has(e["video"])
-  ]
-  return pipeline.Splits(*readable), list(dict.fromkeys(problems))
+  reasons: dict[records.SkippedRecord, None] = {}
+  readable: list[list[records.Example]] = []
+  for part in splits:
+    readable.append([])
+    for example in part:
+      why = run.refuse_several(example["video"])
+      if not why and not run.features.has(example["video"]):
+        why = run.features.get_failure(example["video"])
+      if why:
+        reasons[records.SkippedRecord(example["id"], why)] = None
+      else:
+        readable[-1].append(example)
+  return pipeline.Splits(*readable), list(reasons)
 
 
 # Checks that something is left, before the first stage starts.

@@ -23,7 +23,7 @@ from vlmrlaif_jax.data import features, pipeline, tokenization
 from vlmrlaif_jax.data.processors import interface
 from vlmrlaif_jax.data.prompts import PROMPT_STYLES, Prompts
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
-from vlmrlaif_jax.data.video import Media, list_media
+from vlmrlaif_jax.data.video import Media, MediaList, list_media
 from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models import decoder, vlm
 from vlmrlaif_jax.models.decoders import llama, qwen2
@@ -75,6 +75,15 @@ class Run(NamedTuple):
     layouts = map(self.features.get_layout, list_media(media))
     parts = [layout.select(start, stop) for layout in layouts]
     return interface.lay_out(self.processor, *parts)
+
+  def refuse_several(self, media: Media) -> str:
+    """Returns why the model cannot read several videos and images; "" if it can."""
+    if self.processor.layout is None or not isinstance(media, MediaList):
+      return ""
+    return (
+      f"it has {len(media.paths)} videos and images, but {self.config.model.path} "
+      "reads one per conversation: keep one, or set model.path to a Qwen3-VL"
+    )
 
   @property
   def prompts(self) -> Prompts:

@@ -123,6 +123,9 @@ def select_scorable(
   scorable, problems = [], []
   max_prompt_len = run.config.data.prompt_len
   for pair in pairs:
+    if why := run.refuse_several(pair["video"]):
+      problems.append(records.SkippedRecord(pair["id"], why))
+      continue
     if not run.features.has(pair["video"]):
       why = "its video cannot be read, or is of no record of the data section"
       problems.append(records.SkippedRecord(pair["id"], why))

@@ -18,7 +18,7 @@ from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime.answering import VideoReply
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.labeling import pairwise
+from vlmrlaif_jax.stages.labeling import pairwise, preference_rows
 
 RIGHT, WRONG = "It is red.", "It is blue."
 # Two answers to each prompt; the scripted judge goes by the words in capitals.
@@ -207,7 +207,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
          "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
   example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
              "question": "?", "source": ""}  # fmt: skip
-  made = pairwise.make_preference(example, row, tmp_path, judge_text="")
+  made = preference_rows.make_preference(example, row, tmp_path, judge_text="")
   assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
 
 
@@ -224,7 +224,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
 )
 def test_truth_has_a_say_only_where_mistakes_differ(preference, mistakes, agrees):
   row = {"preference": preference, "mistakes": mistakes}
-  assert pairwise.is_agreeing_with_truth(row) is agrees
+  assert preference_rows.is_agreeing_with_truth(row) is agrees
 
 
 def test_first_two_answers_that_differ_are_compared():

@@ -59,7 +59,7 @@ class Medium(NamedTuple):
 
   @property
   def is_image(self) -> bool:
-    """Whether it is one file of an image, which may be a frame of a video."""
+    """True for a single image file, which may be a frame of a video."""
     return isinstance(self.path, str) and _is_image(self.path)
 
 

@@ -88,14 +88,14 @@ def find_placeholders(text: str) -> list[Placeholder]:
   lines = blanked.split("\n")
   alone = [not line.strip(_BLANK) for line in lines]
   offsets = [0, *itertools.accumulate(len(line) + 1 for line in lines)]
-  found = []
+  matches = []
   for match in _PLACEHOLDER.finditer(text):
     line = bisect.bisect_right(offsets, match.start()) - 1
     is_part = match[0] in templates.PART_MARKS.values()
     is_own = match.end() <= start or match.start() >= stop or alone[line] or is_part
     kind = _find_kind(match[0])
-    found.append(Placeholder(match.start(), match.end(), kind, is_part, not is_own))
-  return found
+    matches.append(Placeholder(match.start(), match.end(), kind, is_part, not is_own))
+  return matches
 
 
 def count_places(text: str) -> int:
@@ -126,18 +126,18 @@ def remove_placeholders(text: str) -> PlainText:
     raise ValueError("its placeholders are in several places: keep those at its start")
   for mark in templates.PART_MARKS.values():  # A part is a line of its own.
     text = text.replace(mark, f"\n{mark}\n")
-  found = find_placeholders(text)
-  own = [each for each in found if not each.is_inline]
-  inline = [text[each.start : each.stop] for each in found if each.is_inline]
+  matches = find_placeholders(text)
+  own = [each for each in matches if not each.is_inline]
+  inline = [text[each.start : each.stop] for each in matches if each.is_inline]
   lines = replace_placeholders(text, own, _MARK).strip(_BLANK).split("\n")
-  kept = [line for line in lines if _MARK not in line]
-  return PlainText("\n".join(kept), len(own), inline[0] if inline else "")
+  lines_left = [line for line in lines if _MARK not in line]
+  return PlainText("\n".join(lines_left), len(own), inline[0] if inline else "")
 
 
-def replace_placeholders(text: str, found: list[Placeholder], mark: str) -> str:
-  """Returns a text with a mark in the place of each of its placeholders in `found`."""
-  stops = [0, *(each.stop for each in found)]
-  starts = [*(each.start for each in found), len(text)]
+def replace_placeholders(text: str, matches: list[Placeholder], mark: str) -> str:
+  """Returns a text with a mark in place of each placeholder of `matches`."""
+  stops = [0, *(each.stop for each in matches)]
+  starts = [*(each.start for each in matches), len(text)]
   return mark.join(text[a:b] for a, b in zip(stops, starts, strict=True))
 
 

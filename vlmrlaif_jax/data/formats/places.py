@@ -59,8 +59,8 @@ def _are_frames(
   if not all(each.is_image for each in media):
     return False
   places = sum(map(placeholders.count_places, texts))
-  found = [each for text in texts for each in placeholders.find_placeholders(text)]
-  is_each_in_a_sentence = has_tags and len(found) == len(media)
+  matches = [each for text in texts for each in placeholders.find_placeholders(text)]
+  is_each_in_a_sentence = has_tags and len(matches) == len(media)
   return places == 1 or (places == 0 and not is_each_in_a_sentence)
 
 
@@ -104,16 +104,16 @@ def _place_several(
   texts: Sequence[str], media: Sequence[Medium], *, first: int
 ) -> PlacedMedia:
   """Returns questions with a mark for each of several videos and images."""
-  found: list[list[Placeholder]] = []
+  matches: list[list[Placeholder]] = []
   for number, text in enumerate(texts):
     try:
       placeholders.check_text(text)
     except ValueError as error:
       raise ValueError(f"turn {first + 2 * number}: {error}") from None
-    found.append(placeholders.find_placeholders(text))
-  own = [[each for each in part if not each.is_inline] for part in found]
-  is_each_marked = sum(map(len, own)) != len(media) == sum(map(len, found))
-  chosen = found if is_each_marked else own
+    matches.append(placeholders.find_placeholders(text))
+  own = [[each for each in part if not each.is_inline] for part in matches]
+  is_each_marked = sum(map(len, own)) != len(media) == sum(map(len, matches))
+  chosen = matches if is_each_marked else own
   paths = _sort_by_place([each for part in chosen for each in part], media)
   questions = list(map(_mark_places, texts, chosen))
   after = questions[0].lstrip(MEDIA_MARK)
@@ -123,22 +123,22 @@ def _place_several(
 
 
 def _sort_by_place(
-  found: Sequence[Placeholder], media: Sequence[Medium]
+  matches: Sequence[Placeholder], media: Sequence[Medium]
 ) -> list[str | list[str]]:
   """Returns the path of each placeholder's video or image.
 
   Without placeholders, the order is that of the record. The first "<image>" stands for
   the first image of a record with videos and images.
   """
-  if found and len(found) != len(media):
+  if matches and len(matches) != len(media):
     raise ValueError(
-      f"its questions have {len(found)} placeholders, but it has {len(media)} videos "
+      f"its questions have {len(matches)} placeholders, but it has {len(media)} videos "
       "and images: give one placeholder for each"
     )
   kinds = [each.kind for each in media]
-  if not found or len(set(kinds)) == 1:
+  if not matches or len(set(kinds)) == 1:
     return [each.path for each in media]
-  if sorted(kinds) != sorted(each.kind for each in found):
+  if sorted(kinds) != sorted(each.kind for each in matches):
     raise ValueError(
       "its placeholders are not those of its videos and images: write <video> for each "
       "video and <image> for each image"
@@ -146,17 +146,17 @@ def _sort_by_place(
   by_kind = {
     kind: iter([each.path for each in media if each.kind == kind]) for kind in kinds
   }
-  return [next(by_kind[each.kind]) for each in found]
+  return [next(by_kind[each.kind]) for each in matches]
 
 
-def _mark_places(text: str, found: list[Placeholder]) -> str:
+def _mark_places(text: str, matches: list[Placeholder]) -> str:
   """Returns a question with marks.
 
   White space after the placeholders that start a text is removed. The text around parts
   of a message is unchanged, as by chat templates.
   """
-  question = placeholders.replace_placeholders(text, found, MEDIA_MARK).strip()
-  if not any(each.is_part for each in found):
+  question = placeholders.replace_placeholders(text, matches, MEDIA_MARK).strip()
+  if not any(each.is_part for each in matches):
     question = _HEAD.sub(
       lambda head: MEDIA_MARK * head[0].count(MEDIA_MARK), question, 1
     )
