@@ -1,11 +1,16 @@
-"""A tiny Qwen3-VL runs the stages that train, and is exported for transformers."""
+"""A tiny Qwen3-VL runs the stages that train, and is exported for transformers.
+
+Some of its records have several videos and an image, at places within the conversation.
+"""
 
 import jax
 import numpy as np
 import pytest
 import transformers
+from PIL import Image
 
 from tests.helpers import qwen, small
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.recipes import runner
@@ -15,17 +20,39 @@ from vlmrlaif_jax.serving import export
 STAGES = ("sft_short", "sft_long", "rm", "ppo", "dpo", "grpo")
 
 
-def settings(checkpoint, world):
+def write_several(world, folder):
+  """The world's files, with two videos and an image in every other record."""
+  for name in ("sft", "prompts", "benchmark", "preferences"):
+    rows = jsonl.read_jsonl(world / f"{name}.jsonl")
+    for number, row in list(enumerate(rows))[::2]:
+      image, video = f"{folder}/{name}_{number}.png", row.pop("video")
+      Image.fromarray(np.full((24, 32 + 8 * number, 3), 90, np.uint8)).save(image)
+      question, *answers = [
+        turn["value"].removeprefix("<video>\n") for turn in row.get("conversations", ())
+      ] or [row.pop("question")]
+      talk = [f"Is <video> like <image> or <video>? {question}", *answers]
+      if name == "sft":
+        talk = [f"<video>\n{question}", *answers, "<image>Or in <video>?", *answers]
+      row["conversations"] = [
+        {"from": role, "value": text}
+        for role, text in zip(("human", "gpt") * 2, talk, strict=False)
+      ]
+      row |= {"videos": [video, f"{video}#t=0,0.5"], "images": [image]}
+    jsonl.write_records(folder / f"{name}.jsonl", rows)
+
+
+def settings(checkpoint, world, data):
   changed = {
-    "model.template": "chat_template", "data.prompt_len": 128,
-    "data.response_len": 192, "sft.pack_len": 512, "ppo.batch_size": 8,
-    "dpo.batch_size": 4, "dpo.preferences": str(world / "preferences.jsonl"),
+    "model.template": "chat_template", "data.prompt_len": 320,
+    "data.response_len": 320, "sft.pack_len": 1024, "ppo.batch_size": 8,
+    "data.videos": str(world / "videos"),
+    "dpo.batch_size": 4, "dpo.preferences": str(data / "preferences.jsonl"),
     "grpo.batch_size": 8, "grpo.samples": 2, "rm.steps": 1,
   }  # fmt: skip
   for stage in ("ppo", "dpo", "grpo"):
     changed[f"{stage}.steps"] = 1
     changed[f"{stage}.optimizer.warmup_steps"] = 0
-  return small.settings(checkpoint, world) | changed
+  return small.settings(checkpoint, data) | changed
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +60,8 @@ def root(tiny_world, tmp_path_factory):
   root = tmp_path_factory.mktemp("qwen")
   (root / "model").mkdir()
   qwen.write_checkpoint(root / "model")
-  config = small.config(settings(root / "model", tiny_world), STAGES)
+  write_several(tiny_world, root)
+  config = small.config(settings(root / "model", tiny_world, root), STAGES)
   runner.run_recipe(config, str(root / "run"))
   return root
 
@@ -42,6 +70,10 @@ def root(tiny_world, tmp_path_factory):
 def test_a_stage_trains(root, stage):
   (first, *_) = small.metrics(root / "run" / stage)
   assert first["step"] == 1 and all(np.isfinite(list(first.values())))
+
+
+def test_no_record_is_skipped(root):
+  assert "skipped" not in (root / "notes.txt").read_text()
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])

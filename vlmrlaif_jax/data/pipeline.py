@@ -215,7 +215,8 @@ def _group_by_video(examples: Sequence[Record]) -> list[str]:
 
   for first, *others in named:
     for other in others:
-      parents[find(other)] = find(first)
+      least, greatest = sorted((find(first), find(other)))
+      parents[greatest] = least
   return [find(names[0]) for names in named]
 
 
@@ -313,10 +314,10 @@ def tokenize_examples(
     response_len: Largest number of tokens of a response.
     answered: True for rows with answers, to train on. False for prompts only, with a
       response_len of 0.
-    names: Names of the settings of both lengths, for the reasons of skipped records.
+    names: Settings of both lengths, for the reasons of skipped records.
 
   Returns:
-    The examples that fit, their token rows, and the skipped records.
+    The examples that fit, their rows, and the skipped records.
   """
   fitting, encoded, problems = [], [], []
   for example in examples:
@@ -338,13 +339,11 @@ def tokenize_examples(
       encoded.append(row)
     else:
       prompt, response, _ = tokenization.split_response(row)
-      problems.append(
-        SkippedRecord(
-          example["id"],
-          f"prompt of {len(prompt)} and answer of {len(response)} tokens, but "
-          f"{names[0]} is {prompt_len} and {names[1]} {response_len}",
-        )
+      why = (
+        f"prompt of {len(prompt)} and answer of {len(response)} tokens, but "
+        f"{names[0]} is {prompt_len} and {names[1]} {response_len}"
       )
+      problems.append(SkippedRecord(example["id"], why))
   rows = tokenization.pad_rows(
     encoded,
     prompt_len=prompt_len,

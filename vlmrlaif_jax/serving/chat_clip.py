@@ -14,13 +14,13 @@ import numpy as np
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import video
+from vlmrlaif_jax.data.decoding.files import IMAGE_SUFFIXES
 from vlmrlaif_jax.data.processors.interface import process_frames
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.runtime import video as run_video
 from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession
 
 CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 DECODE_S = 60.0  # Time limit for decoding a clip, in seconds.
 
 

@@ -136,7 +136,7 @@ def test_a_list_of_frames_is_one_of_several_videos(folder):
 @pytest.mark.parametrize(
   ("row", "reason"),
   [
-    ({"videos": ["a.mp4", "b.mp4"], "question": "<video>A?"}, "1 placeholders, but"),
+    ({"videos": ["a.mp4", "b.mp4"], "question": "<video>A?"}, "1 placeholder(s), but"),
     ({"video": "a.mp4", "conversations": talk("<video>A?", "x", "<video>B?", "x")},
      "2 placeholders, but it has 1"),
     ({"video": "a.mp4", "image": "1.jpg", "question": "<video><video>A?"},

@@ -132,8 +132,8 @@ def _sort_by_place(
   """
   if matches and len(matches) != len(media):
     raise ValueError(
-      f"its questions have {len(matches)} placeholders, but it has {len(media)} videos "
-      "and images: give one placeholder for each"
+      f"its questions have {len(matches)} placeholder(s), but it has {len(media)} "
+      "videos and images: give one for each"
     )
   kinds = [each.kind for each in media]
   if not matches or len(set(kinds)) == 1:
