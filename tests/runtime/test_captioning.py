@@ -156,13 +156,13 @@ def test_clips_of_videos_with_layouts_of_their_own_are_temporal_patches(narrativ
 def test_a_clip_has_one_patch_where_that_has_more_frames():
   run = make_run(Qwen3VLProcessor(), LAYOUTS)
   run.config.model.clip_frames = 1
-  clips = captioning.select_clips(run, {"video": "odd"}, "all")
+  clips = captioning.select_clips(run, "odd", "all")
   assert [clip[1:] for clip in clips] == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_clips_have_the_times_of_the_video():
   run = make_run(Qwen3VLProcessor(), LAYOUTS)
-  (*_, last) = captioning.select_clips(run, {"video": "long"}, "all")
+  (*_, last) = captioning.select_clips(run, "long", "all")
   text = run.lay_out_video("long", last.start, last.stop).text
   assert [part for part in text if "seconds" in str(part)] == [
     "<2.2 seconds><|vision_start|>", "<3.2 seconds><|vision_start|>"
@@ -174,12 +174,12 @@ def test_prompt_that_does_not_fit_is_an_error_that_names_its_record(narratives):
   tokens = run.lay_out_video("odd", 0, 2)
   row = answering.encode_prompt(run, [(run.prompts.caption, None)], tokens)
   run.config.label.caption_prompt_len = len(row.ids)
-  clips = captioning.list_clips(run, make_examples(LAYOUTS), "all")
-  captioning.check_clips(run, clips)
+  examples = make_examples(LAYOUTS)
+  captioning.check_clips(run, examples, "all")
   run.config.label.caption_prompt_len -= 1
   said = f"{len(row.ids)} tokens for the clip 0-2 of the video of odd_1"
   with pytest.raises(UserError, match=said):
-    captioning.check_clips(run, clips)
+    captioning.check_clips(run, examples, "all")
   with pytest.raises(UserError, match=said):
     narratives.tell(run, LAYOUTS)
   assert narratives.calls == []

@@ -164,7 +164,7 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
   pooled = run.policy.apply(
     run.base, features, method=lambda m, x: projector.pool_video(m.projector(x))
   )
-  assert run.lay_out_video(video).text == [pooled.shape[1], "\n"]
+  assert run.lay_out_video(video).texts == [[pooled.shape[1], "\n"]]
 
 
 # What is trained.

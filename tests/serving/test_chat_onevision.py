@@ -159,16 +159,16 @@ def test_older_template_has_the_ids_of_transformers(made, talk, prompts):
 
 def encode_their_pixels(talk, clip, given):
   """The clip with the features of transformers' pixels."""
-  kind = "pixel_values" if clip.layout.size else "pixel_values_videos"
+  kind = "pixel_values" if clip.layouts[0].size else "pixel_values_videos"
   side = onevision.SIDE * onevision.PATCH
   squares = np.moveaxis(given[kind][0], 1, -1)[:, :side, :side]
   patches = onevision.cut_square_patches(squares, onevision.PATCH)
-  run, (count, *grid) = talk.run, clip.layout.grid
+  run, (count, *grid) = talk.run, clip.layouts[0].grid
   encode = jax.jit(
     functools.partial(run.policy.apply, method="encode", grid=tuple(grid))
   )
   features = encode(run.base, patches.reshape(count, onevision.SIDE**2, -1))
-  arranged = run.processor.arrange(np.asarray(features), clip.layout)
+  arranged = run.processor.arrange(np.asarray(features), clip.layouts[0])
   return clip._replace(features=arranged)
 
 

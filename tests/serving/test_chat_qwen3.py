@@ -138,7 +138,7 @@ def test_greedy_answers_equal_transformers(made, talk, prompts, name):
   hf, folder = made
   tokenizer, given = qwen.make_tokenizer(), prompts[name]
   clip, answers = answer(talk, folder / f"{name}.mp4")
-  assert list(clip.layout.grid) == given["video_grid_thw"][0].tolist()
+  assert list(clip.layouts[0].grid) == given["video_grid_thw"][0].tolist()
   batch = chat_stream._encode_conversation(talk, clip, (), QUESTION)
   ids = batch.tokens[batch.mask]
   pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")

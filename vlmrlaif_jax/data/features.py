@@ -35,7 +35,14 @@ from vlmrlaif_jax.data.processors.interface import (
   process_frames,
 )
 from vlmrlaif_jax.data.time_range import split_time_range
-from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
+from vlmrlaif_jax.data.video import (
+  Media,
+  MediaList,
+  VideoPath,
+  format_video_name,
+  list_files,
+  list_media,
+)
 
 # Maps videos to the features of each, by temporal patch.
 Encode = Callable[[Sequence[ProcessedVideo]], Sequence[Float[np.ndarray, "..."]]]
@@ -55,8 +62,9 @@ PROGRESS_EVERY = 512  # Videos between two lines of progress.
 class FeatureStore(NamedTuple):
   """Features by video, on disk, and in memory up to a limit.
 
-  The keys of the first four fields are names by format_video_name. Files contain the
-  features of temporal patches, so that a part of a video can be read.
+  The keys of all fields are names by format_video_name. Files contain the features of
+  temporal patches, so that a part of a video can be read. Methods also take several
+  videos and images of one conversation.
   """
 
   files: dict[str, pathlib.Path]  # File of each video with features.
@@ -64,38 +72,54 @@ class FeatureStore(NamedTuple):
   failures: dict[str, str]  # Reason why a video has no features.
   cached: dict[str, np.ndarray]  # Features in memory.
   memory: float = 0.0  # Largest size of `cached` in bytes.
-  # Tokens that features are padded to, if videos have different numbers; or 0.
+  # Tokens that the features of a conversation are padded to, if videos have different
+  # numbers; or 0.
   length: int = 0
   arrange: Arrange = lambda features, visual: features  # Processor.arrange.
 
-  def has(self, path: VideoPath) -> bool:
-    """Returns whether the video has features."""
-    return format_video_name(path) in self.files
+  def has(self, media: Media) -> bool:
+    """Returns whether all videos have features."""
+    return all(format_video_name(path) in self.files for path in list_media(media))
+
+  def get_failure(self, media: Media) -> str:
+    """Returns the reason why the first unreadable video has no features."""
+    names = map(format_video_name, list_media(media))
+    return next(self.failures[name] for name in names if name not in self.files)
 
   def get_layout(self, path: VideoPath) -> Visual:
     """Returns the grid and the times of a video."""
     return self.layouts[format_video_name(path)]
 
-  def digest(self, path: VideoPath) -> str:
-    """Returns the hash that identifies a video's content and features."""
-    return self.files[format_video_name(path)].stem
+  def digest(self, media: Media) -> str:
+    """Returns the hash that identifies the content and the features of videos."""
+    stems = [self.files[format_video_name(path)].stem for path in list_media(media)]
+    if not isinstance(media, MediaList):
+      return stems[0]
+    return hashlib.sha256(" ".join(stems).encode()).hexdigest()[:32]
 
   def get(
-    self, path: VideoPath, start: int = 0, stop: int | None = None
+    self, media: Media, start: int = 0, stop: int | None = None
   ) -> Float[np.ndarray, "..."]:
-    """Returns the features of a prompt in float16, for a video or a part of it.
+    """Returns the features of a conversation's videos in float16, in order.
 
     Args:
-      path: The video.
-      start: First temporal patch.
-      stop: Temporal patch after the last one; None for the end of the video.
+      media: One video, or several videos and images.
+      start: First temporal patch of each video.
+      stop: Temporal patch after the last one; None for all.
     """
-    part = self.get_layout(path).select(start, stop)
-    feature = self.arrange(self._load(path)[start:stop], part)
+    parts = [self._select(path, start, stop) for path in list_media(media)]
+    feature = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if self.length:
       more = [(0, self.length - len(feature)), *[(0, 0)] * (feature.ndim - 1)]
       feature = np.pad(feature, more)
     return feature
+
+  def _select(
+    self, path: VideoPath, start: int, stop: int | None
+  ) -> Float[np.ndarray, "..."]:
+    """Returns the features of a range of a video's temporal patches."""
+    part = self.get_layout(path).select(start, stop)
+    return self.arrange(self._load(path)[start:stop], part)
 
   def _load(self, path: VideoPath) -> Float[np.ndarray, "..."]:
     """Returns the features of a whole video.
@@ -112,9 +136,9 @@ class FeatureStore(NamedTuple):
       self.cached[name] = feature = np.array(feature)
     return feature
 
-  def stack(self, videos: Iterable[VideoPath]) -> Float16[np.ndarray, "batch ..."]:
-    """Returns the features of a batch of videos."""
-    return np.stack([self.get(video) for video in videos])
+  def stack(self, rows: Iterable[Media]) -> Float16[np.ndarray, "batch ..."]:
+    """Returns the features of a batch of conversations."""
+    return np.stack([self.get(media) for media in rows])
 
 
 def build_feature_store(

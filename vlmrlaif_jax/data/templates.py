@@ -19,7 +19,10 @@ VIDEO_MARK = "\ufdd2"  # Position of a run of video features.
 # A video as LLaVA's processors write it.
 _LLAVA_VIDEO = VIDEO_MARK + "\n"
 _HIDE, _SHOW = "\ufdd3", "\ufdd4"  # Around the index of a special token in user text.
-_NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
+MEDIA_MARK = "\ufdd5"  # Place of a video or an image in a question.
+# Parts of a message that are a video or an image; see formats.messages.
+PART_MARKS = {"video": "\ufdd6", "image": "\ufdd7"}
+_NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd7]")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers mark byte tokens as special.
 
 
@@ -139,6 +142,21 @@ def check_plain_text(text: str) -> str:
   return text
 
 
+def show_media(text: str, names: Sequence[str] = ()) -> str:
+  """Returns a question with names instead of the marks of its videos and images.
+
+  >>> show_media(f"Is {MEDIA_MARK} longer than {MEDIA_MARK}?", ["<video>", "<image>"])
+  'Is <video> longer than <image>?'
+
+  Args:
+    text: A question.
+    names: A name for each mark, in order; the default is "<video>".
+  """
+  first, *others = text.split(MEDIA_MARK)
+  names = names or ["<video>"] * len(others)
+  return first + "".join(a + b for a, b in zip(names, others, strict=True))
+
+
 def get_end_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
   """Returns the text that a template puts directly after an answer.
 
@@ -164,7 +182,7 @@ def render_conversation(
   template: Template,
   turns: Turns,
   *,
-  video: str,
+  videos: Sequence[str],
   system: str | None = None,
 ) -> Script:
   """Renders a conversation up to the end of its last answer.
@@ -174,8 +192,9 @@ def render_conversation(
     template: Conversation template.
     turns: Questions and answers, from which outer white space is stripped. The first
       answer of None ends the conversation with an open generation prompt.
-    video: Text of the video, which precedes the first question; "" for none. It has
-      VIDEO_MARK for each run of features, and its special tokens are marked.
+    videos: Text of each video and image. It has VIDEO_MARK for each run of features,
+      and its special tokens are marked. The texts replace the MEDIA_MARKs of the
+      questions in order. Without marks, they precede the first question.
     system: System prompt, from which outer white space is stripped; None for that of
       the template.
 
@@ -183,20 +202,38 @@ def render_conversation(
     Parts of the text, each with whether the loss includes it.
 
   Raises:
-    ValueError: The tokenizer's chat template does not support such conversations.
+    ValueError: The tokenizer's chat template does not support such conversations, or
+      the questions have another number of marks than there are videos.
   """
-  plain = []
-  for question, answer in turns:
-    first = video + check_plain_text(question).strip()
-    plain.append((first, answer and check_plain_text(answer).strip()))
-    video = ""
-    if answer is None:
-      break
+  count = next((i for i, turn in enumerate(turns, 1) if turn[1] is None), len(turns))
+  questions = _insert_videos([question for question, _ in turns[:count]], videos)
+  answers = [answer and check_plain_text(answer).strip() for _, answer in turns[:count]]
+  plain = list(zip(questions, answers, strict=True))
   if system is not None:
     system = check_plain_text(system).strip()
   if isinstance(template, TemplatePieces):
     return _render_pieces(tokenizer, template, plain, system)
   return _render_chat(tokenizer, template, plain, system)
+
+
+def _insert_videos(questions: Sequence[str], videos: Sequence[str]) -> list[str]:
+  """Returns questions with the texts of videos at their places."""
+  for question in questions:
+    check_plain_text(question.replace(MEDIA_MARK, ""))
+  stripped = [question.strip() for question in questions]
+  marks = sum(question.count(MEDIA_MARK) for question in stripped)
+  if not marks and stripped:
+    return ["".join(videos) + stripped[0], *stripped[1:]]
+  if marks != len(videos):
+    raise ValueError(
+      f"the questions have the places of {marks} videos and images, but there are "
+      f"{len(videos)}. Give one for each place."
+    )
+  texts = iter(videos)
+  return [
+    show_media(question, [next(texts) for _ in range(question.count(MEDIA_MARK))])
+    for question in stripped
+  ]
 
 
 def _render_pieces(tokenizer, template, turns, system) -> Script:

@@ -53,6 +53,18 @@ WORKER = (sys.executable, "-P", "-c", f"from {__name__} import serve; serve()")
 VideoPath: TypeAlias = str | os.PathLike | Sequence[str]  # A list has frame images.
 
 
+class MediaList(NamedTuple):
+  """Several videos and images of one conversation, in the order of their places.
+
+  An image is a video of one frame.
+  """
+
+  paths: tuple[VideoPath, ...]
+
+
+Media: TypeAlias = VideoPath | MediaList  # The videos and images of a conversation.
+
+
 class Frames(NamedTuple):
   """Frames of a video."""
 
@@ -95,8 +107,18 @@ class VideoError(Exception):
     super().__init__(f"{where}: {reason}")
 
 
-def format_video_name(path: VideoPath) -> str:
-  """Returns one string for a video: its path, or the paths of its frames."""
+def list_media(media: Media) -> tuple[VideoPath, ...]:
+  """Returns the videos and images of a conversation, in order."""
+  return media.paths if isinstance(media, MediaList) else (media,)
+
+
+def format_video_name(path: Media) -> str:
+  """Returns one string for a video: its path, or the paths of its frames.
+
+  The names of several videos are separated by empty lines.
+  """
+  if isinstance(path, MediaList):
+    return "\n\n".join(map(format_video_name, path.paths))
   if isinstance(path, str | os.PathLike):
     return os.fspath(path)
   return "\n".join(os.fspath(image) for image in path)

@@ -19,6 +19,7 @@ import numpy as np
 
 from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
+from vlmrlaif_jax.data.video import MediaList
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -44,7 +45,7 @@ class AnswerGroup(NamedTuple):
   """Answers to one question, with their scores."""
 
   id: str
-  video: str | list[str]
+  video: str | list[str] | MediaList
   question: str
   texts: tuple[str, ...]
   human: tuple[float, ...]  # Human scores, or scores by truth.

@@ -8,7 +8,7 @@ patches, which are single frames in LLaVA and two frames in Qwen3-VL.
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 from vlmrlaif_jax.core import distributed
@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.processors.interface import Visual
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media, VideoPath, list_media
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime.answering import Answerer, SamplingSettings, encode_prompt
 from vlmrlaif_jax.runtime.run import Run
@@ -56,48 +56,53 @@ def split_layout(run: Run, layout: Visual) -> list[Span]:
   return split_into_clips(layout.grid.time, size)
 
 
-def select_clips(run: Run, example: Example, which: str) -> list[Clip]:
-  """Returns the clips of an example's video that are captioned.
+def select_clips(run: Run, media: Media, which: str) -> dict[Clip, VideoPath]:
+  """Returns the clips of a conversation's videos that are captioned, in order.
 
   A clip has at most model.clip_frames frames, or one temporal patch if that has more.
 
   Args:
-    run: the run, with the features of the video.
-    example: an example with a video.
-    which: a key of CONTEXTS.
+    run: the run, with the features of the videos.
+    media: one video, or several videos and images.
+    which: a key of CONTEXTS, for each video.
   """
-  spans = CONTEXTS[which](split_layout(run, run.features.get_layout(example["video"])))
-  digest = run.features.digest(example["video"])
-  return [Clip(digest, *span) for span in spans]
+  return {
+    Clip(run.features.digest(path), *span): path
+    for path in list_media(media)
+    for span in CONTEXTS[which](split_layout(run, run.features.get_layout(path)))
+  }
 
 
-def list_clips(
-  run: Run, examples: Sequence[Example], which: str
-) -> dict[Clip, Example]:
-  """Returns the distinct clips of examples, each with one of its examples."""
-  return {clip: each for each in examples for clip in select_clips(run, each, which)}
+def check_clips(
+  run: Run, examples: Sequence[Example], which: str, known: Container[Clip] = ()
+) -> dict[Clip, VideoPath]:
+  """Checks that the prompts for captions of clips fit, and returns the clips.
 
-
-def check_clips(run: Run, clips: Mapping[Clip, Example]) -> None:
-  """Checks that the prompts for captions of clips fit; see list_clips.
+  Args:
+    run: the run, with the features of the videos.
+    examples: examples with a video.
+    which: clips that are captioned, a key of CONTEXTS.
+    known: clips that have a caption, which are left out.
 
   Raises:
     UserError: a prompt is longer than label.caption_prompt_len.
   """
-  limit, checked = run.config.label.caption_prompt_len, set()
-  for (_, start, stop), example in clips.items():
-    tokens = run.lay_out_video(example["video"], start, stop)
-    if (text := tuple(tokens.text)) in checked:
-      continue
-    checked.add(text)
-    count = len(encode_prompt(run, [(run.prompts.caption, None)], tokens).ids)
-    if count > limit:
-      raise UserError(
-        f"the prompt for captions does not fit label.caption_prompt_len={limit}: it "
-        f"has {count} tokens for the clip {start}-{stop} of the video of "
-        f"{example['id']}. Raise --config.label.caption_prompt_len or lower "
-        "--config.model.clip_frames"
-      )
+  limit, new = run.config.label.caption_prompt_len, {}
+  for example in examples:
+    for clip, path in select_clips(run, example["video"], which).items():
+      if clip in known or clip in new:
+        continue
+      new[clip] = path
+      tokens = run.lay_out_video(path, clip.start, clip.stop)
+      count = len(encode_prompt(run, [(run.prompts.caption, None)], tokens).ids)
+      if count > limit:
+        raise UserError(
+          f"the prompt for captions does not fit label.caption_prompt_len={limit}: it "
+          f"has {count} tokens for the clip {clip.start}-{clip.stop} of the video of "
+          f"{example['id']}. Raise --config.label.caption_prompt_len or lower "
+          "--config.model.clip_frames"
+        )
+  return new
 
 
 def caption_videos(
@@ -125,18 +130,16 @@ def caption_videos(
   """
   rows = distributed.on_process_zero(lambda: read_jsonl(path) if path.exists() else [])
   known = {Clip(r["video"], r["start"], r["stop"]): r["caption"] for r in rows}
-  clips = list_clips(run, examples, which)
-  new = {clip: each for clip, each in clips.items() if clip not in known}
-  check_clips(run, new)
+  new = check_clips(run, examples, which, known)
   # Without a layout of all videos, features are padded, so all clips have one shape.
   length = lambda clip: clip.stop - clip.start if run.processor.layout else 0
   for _, part in itertools.groupby(sorted(new, key=length), key=length):
-    captions = _caption_clips(run, variables, {c: new[c]["video"] for c in part}, batch)
-    added = [{**clip._asdict(), "caption": text} for clip, text in captions.items()]
-    distributed.on_process_zero(functools.partial(append_jsonl, path, added))
+    captions = _caption_clips(run, variables, {c: new[c] for c in part}, batch)
+    lines = [{**clip._asdict(), "caption": text} for clip, text in captions.items()]
+    distributed.on_process_zero(functools.partial(append_jsonl, path, lines))
     known |= captions
   join = lambda own: " ".join(filter(None, (known[clip].strip() for clip in own)))
-  return [join(select_clips(run, each, which)) for each in examples]
+  return [join(select_clips(run, each["video"], which)) for each in examples]
 
 
 def _caption_clips(

@@ -21,7 +21,7 @@ from vlmrlaif_jax.data.processors.interface import (
   count_features,
   lay_out,
 )
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media
 from vlmrlaif_jax.huggingface import checkpoint_folders, convert
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import run as run_lib
@@ -74,7 +74,7 @@ def create_run(
   splits, problems = _load_splits(config, workdir)
   run = run._replace(splits=splits, watch=watch)
   run = video.encode_videos(run, _list_videos(run), note)
-  readable, unreadable = _drop_failures(splits, run.features)
+  readable, unreadable = _drop_failures(run, splits)
   problems += unreadable
   if problems:
     ids = {e["id"] for part in readable for e in part}
@@ -240,9 +240,9 @@ def _load_splits(
   return load()
 
 
-def _list_videos(run: Run) -> list[VideoPath]:
+def _list_videos(run: Run) -> list[Media]:
   """Lists the videos of all splits and of all preference files in the config."""
-  videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
+  videos: list[Media] = [e["video"] for part in run.splits for e in part]
   sections = [each for each in run.config.values() if isinstance(each, ConfigDict)]
   for path in filter(None, (each.get("preferences") for each in sections)):
     pairs, _ = video.read_run_preferences(run, path)
@@ -251,22 +251,25 @@ def _list_videos(run: Run) -> list[VideoPath]:
 
 
 def _drop_failures(
-  splits: pipeline.Splits, store: features.FeatureStore
+  run: Run, splits: pipeline.Splits
 ) -> tuple[pipeline.Splits, list[records.SkippedRecord]]:
-  """Returns the splits without examples whose video is unreadable, and these examples.
+  """Returns the splits without examples that the model cannot read, and these examples.
 
   A record may be in two splits, but is reported once.
   """
-  readable = [[e for e in part if store.has(e["video"])] for part in splits]
-  problems = [
-    records.SkippedRecord(
-      e["id"], store.failures[features.format_video_name(e["video"])]
-    )
-    for part in splits
-    for e in part
-    if not store.has(e["video"])
-  ]
-  return pipeline.Splits(*readable), list(dict.fromkeys(problems))
+  reasons: dict[records.SkippedRecord, None] = {}
+  readable: list[list[records.Example]] = []
+  for part in splits:
+    readable.append([])
+    for example in part:
+      why = run.refuse_several(example["video"])
+      if not why and not run.features.has(example["video"]):
+        why = run.features.get_failure(example["video"])
+      if why:
+        reasons[records.SkippedRecord(example["id"], why)] = None
+      else:
+        readable[-1].append(example)
+  return pipeline.Splits(*readable), list(reasons)
 
 
 # Checks that something is left, before the first stage starts.

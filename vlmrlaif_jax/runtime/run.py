@@ -23,7 +23,7 @@ from vlmrlaif_jax.data import features, pipeline, tokenization
 from vlmrlaif_jax.data.processors import interface
 from vlmrlaif_jax.data.prompts import PROMPT_STYLES, Prompts
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media, MediaList, list_media
 from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models import decoder, vlm
 from vlmrlaif_jax.models.decoders import llama, qwen2
@@ -72,11 +72,27 @@ class Run(NamedTuple):
   watch: StageMonitor = NO_MONITOR  # Monitor of the running stage.
 
   def lay_out_video(
-    self, video: VideoPath, start: int = 0, stop: int | None = None
+    self, media: Media, start: int = 0, stop: int | None = None
   ) -> interface.VideoTokens:
-    """Returns the text and positions of an encoded video, or of a range of it."""
-    layout = self.features.get_layout(video).select(start, stop)
-    return interface.lay_out(self.processor, layout)
+    """Returns the text and positions of a conversation's encoded videos and images.
+
+    Args:
+      media: one video, or several videos and images.
+      start: first temporal patch of each video.
+      stop: temporal patch after the last one; None for all.
+    """
+    layouts = map(self.features.get_layout, list_media(media))
+    parts = [layout.select(start, stop) for layout in layouts]
+    return interface.lay_out(self.processor, *parts)
+
+  def refuse_several(self, media: Media) -> str:
+    """Returns why the model cannot read several videos and images; "" if it can."""
+    if self.processor.layout is None or not isinstance(media, MediaList):
+      return ""
+    return (
+      f"it has {len(media.paths)} videos and images, but {self.config.model.path} "
+      "reads one per conversation: keep one, or set model.path to a Qwen3-VL"
+    )
 
   @property
   def prompts(self) -> Prompts:

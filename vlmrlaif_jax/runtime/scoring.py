@@ -16,7 +16,7 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import Batch, Groups, Params, Stops, group_rows, is_stop
 from vlmrlaif_jax.data import records, tokenization
 from vlmrlaif_jax.data.records import PreferenceExample
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering
@@ -125,6 +125,9 @@ def select_scorable(
   scorable, problems = [], []
   max_prompt_len = run.config.data.prompt_len
   for pair in pairs:
+    if why := run.refuse_several(pair["video"]):
+      problems.append(records.SkippedRecord(pair["id"], why))
+      continue
     if not run.features.has(pair["video"]):
       why = "its video cannot be read, or is of no record of the data section"
       problems.append(records.SkippedRecord(pair["id"], why))
@@ -164,7 +167,7 @@ def make_scored_batch(
 
 def _pad_batch(
   run: Run,
-  videos: Sequence[VideoPath],
+  videos: Sequence[Media],
   encoded: Sequence[tokenization.EncodedConversation],
   starts: Sequence[int] | None = None,
 ) -> Batch:
@@ -205,7 +208,7 @@ def make_pairs_batch(
     rows: indices of the pairs in the batch.
   """
   max_response_len = run.config.data.response_len
-  videos: list[VideoPath] = []
+  videos: list[Media] = []
   encoded: list[tokenization.EncodedConversation] = []
   starts: list[int] = []
   for pair in [pairs[i] for i in rows]:

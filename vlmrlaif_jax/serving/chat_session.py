@@ -38,10 +38,10 @@ class ChatJudge(NamedTuple):
 
 
 class ChatClip(NamedTuple):
-  """A clip that is encoded."""
+  """A clip that is encoded, or several clips and images."""
 
   features: Float[np.ndarray, "..."]  # Features of the prompt; see FeatureStore.get.
-  layout: Visual  # Grid and times of the frames.
+  layouts: tuple[Visual, ...]  # Grid and times of the frames of each.
 
 
 class ChatSession(NamedTuple):

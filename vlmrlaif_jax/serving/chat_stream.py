@@ -90,7 +90,7 @@ def stream_side_by_side(
 
   Args:
     chat: Policies and judge.
-    clip: The clip.
+    clip: The clip, or several by chat_clip.join_clips.
     histories: Policy -> earlier turns.
     request: The question.
 
@@ -195,7 +195,7 @@ def _encode_conversation(
 ) -> Batch:
   """Encodes a conversation as a batch of one row, padded to CHAT_BUCKET tokens."""
   run = chat.run
-  video = lay_out(run.processor, clip.layout)
+  video = lay_out(run.processor, *clip.layouts)
   turns = [*history, (question, None)]
   row = answering.encode_prompt(run, turns, video)
   if len(row.ids) > chat.max_prompt:

@@ -13,15 +13,15 @@ def test_a_video_is_one_run_of_its_pooled_tokens(frames, tokens):
   grid = PROCESSOR.choose_grid(90, 50, frames)
   assert grid == Grid(frames, 4, 4)
   video = lay_out(PROCESSOR, Visual(grid))
-  assert video.text == [tokens, "\n"]
+  assert video.texts == [[tokens, "\n"]]
   np.testing.assert_array_equal(video.blocks, [np.arange(tokens)[:, None]])
 
 
 def test_a_run_of_features_is_laid_out_as_by_the_processor():
   want, got = lay_out(PROCESSOR, Visual(Grid(4, 4, 4))), lay_out_features(20)
-  assert (got.text, got.axes) == (want.text, want.axes)
+  assert (got.texts, got.axes) == (want.texts, want.axes)
   np.testing.assert_array_equal(got.blocks, want.blocks)
-  assert lay_out_features(0).text == []
+  assert lay_out_features(0).texts == ()
 
 
 def test_all_videos_have_one_layout_and_are_read_as_squares():

@@ -13,12 +13,14 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import features, pipeline, prompts, records, tokenization
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
+from vlmrlaif_jax.data.templates import MEDIA_MARK
+from vlmrlaif_jax.data.video import MediaList
 from vlmrlaif_jax.feedback.pairwise_judge import PAIR_OUTCOMES
 from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime.answering import VideoReply
 from vlmrlaif_jax.runtime.run import Run, resolve_checkpoint
-from vlmrlaif_jax.stages.labeling import pairwise
+from vlmrlaif_jax.stages.labeling import pairwise, preference_rows
 
 RIGHT, WRONG = "It is red.", "It is blue."
 # Two answers to each prompt; the scripted judge goes by the words in capitals.
@@ -212,8 +214,32 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
          "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
   example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
              "question": "?", "source": ""}  # fmt: skip
-  made = pairwise.make_preference(example, row, tmp_path, judge_text="")
+  made = preference_rows.make_preference(example, row, tmp_path, judge_text="")
   assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
+
+
+@pytest.mark.parametrize(
+  ("videos", "question"),
+  [
+    (("1.jpg", "2.jpg"), f"Is {MEDIA_MARK} like {MEDIA_MARK}?"),
+    (("a.mp4", "1.jpg", ["1.jpg", "2.jpg"]), "Which?"),
+    (("a.mp4", "b.mp4"), f"{MEDIA_MARK}Which?\n{MEDIA_MARK}"),
+  ],
+)
+def test_pair_about_several_videos_is_read_again(tmp_path, videos, question):
+  for name in ("a.mp4", "b.mp4", "1.jpg", "2.jpg"):
+    (tmp_path / name).touch()
+  place = lambda x: str(tmp_path / x) if isinstance(x, str) else list(map(place, x))
+  row = {"id": "p", "outputs": ["a", "b"], "preference": 1, "verdicts": ["x", "y"],
+         "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
+  example = {"id": "p", "video": MediaList(tuple(map(place, videos))),
+             "question": question, "source": ""}  # fmt: skip
+  made = preference_rows.make_preference(example, row, tmp_path, judge_text="")
+  assert made["videos"] == list(videos)
+  jsonl.write_records(tmp_path / "pairs.jsonl", [made])
+  [pair], _ = records.read_preferences(tmp_path / "pairs.jsonl")
+  assert pair["video"] == example["video"]
+  assert pair["question"] == question
 
 
 @pytest.mark.parametrize(
@@ -229,7 +255,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
 )
 def test_truth_has_a_say_only_where_mistakes_differ(preference, mistakes, agrees):
   row = {"preference": preference, "mistakes": mistakes}
-  assert pairwise.is_agreeing_with_truth(row) is agrees
+  assert preference_rows.is_agreeing_with_truth(row) is agrees
 
 
 def test_first_two_answers_that_differ_are_compared():

@@ -13,7 +13,8 @@ video in a prompt, and gives each token a position. Families differ in these poi
 
 A video is processed in this order: decoding by `make_reading`, `choose_grid`,
 `process`, the vision tower, `arrange`. `lay_out` returns its text, which becomes the
-token ids of the prompt, and its blocks, which become their positions.
+token ids of the prompt, and its blocks, which become their positions. A conversation
+may have several videos and images; `lay_out` returns those of all.
 
 The tower is compiled once for each size of frames. `fix_grids` limits the sizes of a
 run to a short list. Without it, each video has the exact size of its family.
@@ -78,10 +79,10 @@ class ProcessedVideo(NamedTuple):
 
 
 class VideoTokens(NamedTuple):
-  """The tokens that stand for a video in a prompt; empty without a video."""
+  """The tokens that stand for videos and images in a prompt; empty without any."""
 
-  text: VideoText = []
-  blocks: Sequence[Block] = ()  # Positions of each run of placeholders.
+  texts: Sequence[VideoText] = ()  # Text of each video or image, in order.
+  blocks: Sequence[Block] = ()  # Positions of each run of placeholders of all texts.
   axes: int = 1  # Axes of positions, including those of text.
 
 
@@ -192,11 +193,11 @@ def process_frames(
   return processor.process(frames.pixels, grid), layout
 
 
-def lay_out(processor: Processor, visual: Visual) -> VideoTokens:
-  """Returns the tokens that stand for an image or a video in a prompt."""
-  return VideoTokens(
-    processor.write_text(visual), processor.list_blocks(visual), processor.axes
-  )
+def lay_out(processor: Processor, *visuals: Visual) -> VideoTokens:
+  """Returns the tokens that stand for images and videos in a prompt, in order."""
+  texts = [processor.write_text(visual) for visual in visuals]
+  blocks = [block for visual in visuals for block in processor.list_blocks(visual)]
+  return VideoTokens(texts, blocks, processor.axes)
 
 
 def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
@@ -216,8 +217,8 @@ def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
 
 
 def count_features(video: VideoTokens) -> int:
-  """Returns the number of features of a video."""
-  return sum(part for part in video.text if isinstance(part, int))
+  """Returns the number of features of all videos and images."""
+  return sum(part for text in video.texts for part in text if isinstance(part, int))
 
 
 def make_positions(

@@ -111,7 +111,7 @@ def lay_out_features(count: int) -> VideoTokens:
   """Returns the tokens of a video of `count` features, and none for 0."""
   if not count:
     return NO_VIDEO
-  return VideoTokens([count, "\n"], [np.arange(count)[:, None]])
+  return VideoTokens([[count, "\n"]], [np.arange(count)[:, None]])
 
 
 def _count_tokens(grid: Grid) -> int:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.records import Example, SkippedRecord
-from vlmrlaif_jax.data.video import VideoPath, format_video_name
+from vlmrlaif_jax.data.video import Media, format_video_name
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Similarity
@@ -42,7 +42,7 @@ class BenchmarkQuestion(NamedTuple):
   """A question about a video."""
 
   id: str  # Unique in the benchmark; the cached answer is stored under it.
-  video: VideoPath
+  video: Media
   text: str
   options: tuple[str, ...] = ()  # Options of a multiple choice.
 
@@ -93,7 +93,7 @@ class JudgeCase(NamedTuple):
   """A model's answers for a judge to rate, with the right answer."""
 
   id: str
-  video: VideoPath
+  video: Media
   prompt: str  # Complete prompt of the judge.
   answer: str  # The right answer.
   # One response, or one per question if several questions share a right answer.

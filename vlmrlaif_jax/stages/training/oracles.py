@@ -18,6 +18,7 @@ from vlmrlaif_jax.core.errors import (
 )
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import endpoint, generative_rm, rankers, rewards
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn
@@ -150,7 +151,8 @@ def _format_replies(calls: _CallRecorder, example: Example) -> list[str]:
     if query.id.endswith(f":{example['id']}"):
       start = max(query.prompt.find(example["question"]), 0)
       verdict = "(nothing)" if reply is None else reply[:MAX_TRANSCRIPT_CHARS]
-      lines.append(f"{query.prompt[start:][:MAX_TRANSCRIPT_CHARS]} → {verdict}")
+      prompt = show_media(query.prompt[start:])[:MAX_TRANSCRIPT_CHARS]
+      lines.append(f"{prompt} → {verdict}")
   return lines[:MAX_TRANSCRIPT_REPLIES]
 
 
