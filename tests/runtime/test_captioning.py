@@ -163,7 +163,7 @@ def test_a_clip_has_one_patch_where_that_has_more_frames():
 def test_clips_have_the_times_of_the_video():
   run = make_run(Qwen3VLProcessor(), LAYOUTS)
   (*_, last) = captioning.select_clips(run, "long", "all")
-  text = run.lay_out_video("long", last.start, last.stop).text
+  text = run.lay_out_video("long", last.start, last.stop).texts[0]
   assert [part for part in text if "seconds" in str(part)] == [
     "<2.2 seconds><|vision_start|>", "<3.2 seconds><|vision_start|>"
   ]  # fmt: skip

@@ -32,3 +32,10 @@ def test_all_videos_have_one_layout_and_are_read_as_squares():
 def test_a_part_has_its_own_frames():
   assert PROCESSOR.layout.select(1, 3) == Visual(Grid(2, 4, 4))
   assert PROCESSOR.layout.select(0, None) == PROCESSOR.layout
+
+
+def test_a_limit_of_videos_that_differ_is_an_error():
+  assert PROCESSOR.limit(0.0, 0, 0).fix_grids() == PROCESSOR
+  assert PROCESSOR.max_layout == PROCESSOR.layout
+  with pytest.raises(ValueError, match=r"fps=2.0, max_pixels=9: .* 4 frames .* Set 0"):
+    PROCESSOR.limit(2.0, 0, 9)
