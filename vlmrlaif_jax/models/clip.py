@@ -358,9 +358,9 @@ class VisionTower(Tower, kw_only=True):
     self, pixels: Float[Array, "batch height width 3"]
   ) -> Float[Array, "batch patches channels"]:
     """Computes the selected hidden states of the patches; later layers do not run."""
-    return self.encode_patches(self._cut(pixels))
+    return self.select_states(self._cut(pixels))
 
-  def encode_patches(
+  def select_states(
     self, patches: Float[Array, "batch patches channels"]
   ) -> Float[Array, "batch patches features"]:
     """Computes the hidden states of `patches` from the result of cut_patches."""

@@ -251,7 +251,7 @@ class Model(Layer, kw_only=True):
       )
     is_frame = grid[0] == sides[0]
     list_sources = POOLINGS[self.pool] if is_frame else list_identity
-    hidden = self.tower.encode_patches(pixels)
+    hidden = self.tower.select_states(pixels)
     x, newline = self._merge(hidden, *list_sources(self.side))
     each_row = is_frame and self.newline == "grid"
     return append_newlines(x, newline, each_row=each_row)

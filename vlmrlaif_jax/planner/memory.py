@@ -269,6 +269,8 @@ def check_memory(config: ConfigDict, stages: Iterable[str]) -> None:
   """
   mesh = sharding.make_mesh(**config.mesh)
   run, tensor = abstract_run.create_abstract_run(config, mesh), mesh.shape["tensor"]
+  if run.processor.layout is None:
+    return  # The tokens of a video are not known before its frames are read.
   model = config.model
   for path, vlm in (
     (model.path, run.policy),
