@@ -9,7 +9,7 @@ contain. `tokenization.encode_conversation` treats only marked tokens as special
 import functools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -254,18 +254,32 @@ def _render_chat(tokenizer, template, turns, system) -> Script:
 
 def _apply_chat_template(tokenizer, turns, system=None) -> str:
   """Renders turns with Jinja, with a generation prompt if the last answer is None."""
-  messages = [] if system is None else [{"role": "system", "content": system}]
+  messages = [] if system is None else [("system", system)]
   for question, answer in turns:
-    messages.append({"role": "user", "content": question})
+    messages.append(("user", question))
     if answer is not None:
-      messages.append({"role": "assistant", "content": answer})
+      messages.append(("assistant", answer))
   if tokenizer.chat_template is None:
     raise ValueError(
       "template is chat_template, but the tokenizer has none: set "
       f"--config.model.template to another one of {sorted(CONVERSATION_TEMPLATES)}, or "
       "add chat_template.jinja to the tokenizer's folder"
     )
-  open_ended = messages[-1]["role"] == "user"
+  has_parts = _reads_parts(tokenizer)
   return tokenizer.apply_chat_template(
-    messages, tokenize=False, add_generation_prompt=open_ended
+    [_make_message(role, text, has_parts) for role, text in messages],
+    tokenize=False,
+    add_generation_prompt=messages[-1][0] == "user",
   )
+
+
+@functools.lru_cache
+def _reads_parts(tokenizer) -> bool:
+  """Returns whether a chat template skips messages that are no list of parts."""
+  message = _make_message("user", VIDEO_MARK, has_parts=False)
+  return VIDEO_MARK not in tokenizer.apply_chat_template([message], tokenize=False)
+
+
+def _make_message(role: str, text: str, has_parts: bool) -> dict[str, Any]:
+  content = [{"type": "text", "text": text}] if has_parts else text
+  return {"role": role, "content": content}
