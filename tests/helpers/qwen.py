@@ -10,10 +10,8 @@ import torch
 import transformers
 
 from tests.helpers.checkpoints import shake
-from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf
-from vlmrlaif_jax.huggingface.qwen3_vl_checkpoints import TABLE
-from vlmrlaif_jax.models import qwen3_vl, vlm
+from vlmrlaif_jax.models import layers, projector, qwen3_vl, vlm
 from vlmrlaif_jax.models.decoders import qwen3
 
 VIDEO_PAD, VISION_START, VISION_END = 60, 61, 62
@@ -87,7 +85,7 @@ def build(**fields):
     mrope=SECTIONS, mrope_interleaved=True,
   )  # fmt: skip
   tower = qwen3_vl.Model(**TOWER)
-  return vlm.VLM(tower, qwen3_vl.Connector(llm.embed), llm)
+  return vlm.VLM(tower, projector.Connector(llm.embed), llm)
 
 
 IDS = {"image_pad": 59, "video_pad": VIDEO_PAD, "vision_start": VISION_START,
@@ -97,7 +95,7 @@ IDS = {"image_pad": 59, "video_pad": VIDEO_PAD, "vision_start": VISION_START,
 def theirs(model, ids=IDS):
   """A random model of transformers in the sizes of ours."""
   torch.manual_seed(1)
-  text = checkpoint_layouts.write_fields(qwen3.CONFIG, model.llm)
+  text = layers.write_fields(qwen3.CONFIG, model.llm)
   text |= {"head_dim": model.llm.head_dim, "tie_word_embeddings": model.llm.tied}
   text["rope_parameters"] = {
     "rope_type": "default", "rope_theta": model.llm.rope_base,
@@ -105,7 +103,7 @@ def theirs(model, ids=IDS):
   }  # fmt: skip
   config = transformers.Qwen3VLConfig(
     text_config=text,
-    vision_config=checkpoint_layouts.write_fields(qwen3_vl.CONFIG, model.vision),
+    vision_config=layers.write_fields(qwen3_vl.CONFIG, model.vision),
     tie_word_embeddings=model.llm.tied,
     image_token_id=ids["image_pad"],
     video_token_id=ids["video_pad"],
@@ -119,7 +117,7 @@ def convert(model, hf):
   """Our variables with the weights of a model of transformers."""
   tensors = {name: x.numpy() for name, x in hf.state_dict().items()}
   tensors.pop("lm_head.weight")  # Tied.
-  return {"params": convert_from_hf(TABLE, tensors, vlm.get_param_shapes(model))}
+  return {"params": convert_from_hf(qwen3_vl.HF, tensors, vlm.get_param_shapes(model))}
 
 
 @functools.cache

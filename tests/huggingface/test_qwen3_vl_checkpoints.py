@@ -12,8 +12,8 @@ import transformers
 from tests.helpers import qwen
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
-from vlmrlaif_jax.huggingface import convert, qwen3_vl_checkpoints
-from vlmrlaif_jax.models import qwen3_vl, vlm
+from vlmrlaif_jax.huggingface import convert, families
+from vlmrlaif_jax.models import projector, qwen3_vl, vlm
 from vlmrlaif_jax.models.decoders import qwen3
 
 
@@ -70,7 +70,7 @@ def test_what_is_written_is_what_transformers_reads(made, tmp_path):
 
 
 def test_settings_of_the_processor_are_read(made):
-  got = qwen3_vl_checkpoints.read_processor(made[1])
+  got = families.read_processor(made[1], {"model_type": "qwen3_vl"})
   sides = dict(min_pixels=256, max_pixels=8192)
   images = dict(min_image_pixels=256, max_image_pixels=8192)
   assert got == Qwen3VLProcessor(patch=4, **sides, **images)
@@ -100,7 +100,7 @@ def test_unsupported_values_are_refused_by_name(copy, values, reason):
 def test_unsupported_settings_of_the_processor_are_refused_by_name(copy):
   change(copy / "video_preprocessor_config.json", temporal_patch_size=4)
   with pytest.raises(ValueError, match="temporal_patch_size"):
-    qwen3_vl_checkpoints.read_processor(copy)
+    families.read_processor(copy, {"model_type": "qwen3_vl"})
 
 
 @pytest.mark.parametrize("size", qwen3_vl.LLM_VARIANTS)
@@ -109,11 +109,11 @@ def test_parameters_of_published_sizes_have_names_and_shardings(size):
   llm = qwen3.Model(
     **qwen3_vl.LLM_VARIANTS[size], mrope=qwen3_vl.ROPE_SECTIONS, mrope_interleaved=True
   )
-  model = vlm.VLM(tower, qwen3_vl.Connector(llm.embed), llm)
+  model = vlm.VLM(tower, projector.Connector(llm.embed), llm)
   shapes = vlm.get_param_shapes(model)
   names = {"/".join(k.key for k in path) for path, _ in
            jax.tree_util.tree_leaves_with_path(shapes)}  # fmt: skip
-  assert names <= set(qwen3_vl_checkpoints.TABLE)
+  assert names <= set(qwen3_vl.HF)
   sharding.shard_by_rules(
-    {"params": shapes}, vlm.SHARDING, sharding.make_mesh(fsdp=2, tensor=2)
+    {"params": shapes}, families.SHARDING, sharding.make_mesh(fsdp=2, tensor=2)
   )

@@ -10,14 +10,14 @@ import transformers
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.huggingface import checkpoint_layouts, param_mapping
-from vlmrlaif_jax.models import decoder, lora, qwen3_vl
+from vlmrlaif_jax.huggingface import param_mapping
+from vlmrlaif_jax.models import decoder, layers, lora, qwen3_vl
 
 GRIDS = [(2, 2), (4, 6), (10, 4), (6, 14)]  # The table is 6 x 6: smaller and larger.
 
 
 def their_config(model):
-  config = checkpoint_layouts.write_fields(qwen3_vl.CONFIG, model)
+  config = layers.write_fields(qwen3_vl.CONFIG, model)
   return transformers.Qwen3VLConfig(vision_config=config).vision_config
 
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.convert import convert_from_hf
-from vlmrlaif_jax.models import siglip
+from vlmrlaif_jax.models import layers, siglip
 
 TINY = siglip.VARIANTS["tiny"]
 PIXELS = np.random.default_rng(0).normal(size=(2, 18, 18, 3)).astype(np.float32)
@@ -20,7 +19,7 @@ def variables():
 
 def test_the_last_state_equals_transformers():
   model = siglip.Model(**TINY)
-  config = checkpoint_layouts.write_fields(siglip.CONFIG, model)
+  config = layers.write_fields(siglip.CONFIG, model)
   torch.manual_seed(0)
   hf = transformers.SiglipVisionModel(
     transformers.SiglipVisionConfig(**config, vision_use_head=False)

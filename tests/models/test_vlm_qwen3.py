@@ -20,6 +20,7 @@ from vlmrlaif_jax.core.types import (
 )
 from vlmrlaif_jax.data.processors.interface import Grid, Visual, lay_out, make_positions
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
+from vlmrlaif_jax.huggingface import families
 from vlmrlaif_jax.models import vlm
 
 PROCESSOR = Qwen3VLProcessor(patch=4)
@@ -153,7 +154,7 @@ def test_cached_decoding_equals_the_full_forward(batch):
 def test_logits_on_a_mesh_equal_those_on_one_device(batch):
   _, model, variables = qwen.pair()
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
-  places = sharding.shard_by_rules(variables, vlm.SHARDING, mesh)
+  places = sharding.shard_by_rules(variables, families.SHARDING, mesh)
   spread = jax.device_put(variables, places), sharding.shard_batch(batch, mesh)
   got = jax.jit(model.apply)(*spread)
   np.testing.assert_allclose(got, apply(batch), atol=1e-5)

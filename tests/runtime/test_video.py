@@ -82,18 +82,18 @@ def draw(folder, numbers, seed):
 )
 def test_another_setting_of_a_tower_is_another_name(other):
   weights = {"kernel": np.ones(2)}
-  name = lambda tower: video._compute_digest(weights, video.get_tower_settings(tower))
+  name = lambda tower: video._compute_digest(weights, tower.settings())
   assert name(other) != name(TOWER)
 
 
 def test_what_changes_no_feature_changes_no_name():
   same = TOWER.clone(select_layer=2)  # Of four states the last but one.
-  assert video.get_tower_settings(same) == video.get_tower_settings(TOWER)
+  assert same.settings() == TOWER.settings()
 
 
 def test_pixels_in_another_range_are_another_name():
   other = TOWER.clone(mean=(0.5, 0.5, 0.5))
-  assert video.get_tower_settings(other) != video.get_tower_settings(TOWER)
+  assert other.settings() != TOWER.settings()
 
 
 # Several processes.

@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from transformers import CLIPConfig
 
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.huggingface import checkpoint_layouts, convert, published_names
+from vlmrlaif_jax.huggingface import convert, published_names
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf
-from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.models import clip, layers
 from vlmrlaif_jax.models.layers import Dense
 
 # Source of each parameter in a Hugging Face checkpoint; see clip.HF_VISION.
@@ -78,7 +78,7 @@ def load(folder: str | Path) -> tuple[CLIP, Params, HfConfig]:
   """
   folder = Path(folder)
   config = CLIPConfig.from_pretrained(folder).to_dict()
-  take = checkpoint_layouts.read_fields
+  take = layers.read_fields
   model = CLIP(
     clip.VisionTower(**take(clip.CONFIG, config["vision_config"])),
     clip.TextTower(**take(clip.TEXT_CONFIG, config["text_config"])),
@@ -103,12 +103,12 @@ def make_config(model: CLIP, *, end: int) -> HfConfig:
     "model_type": "clip",
     "projection_dim": model.features,
     "text_config": {
-      **checkpoint_layouts.write_fields(clip.TEXT_CONFIG, model.text),
+      **layers.write_fields(clip.TEXT_CONFIG, model.text),
       "model_type": "clip_text_model",
       "eos_token_id": end,
     },
     "vision_config": {
-      **checkpoint_layouts.write_fields(clip.CONFIG, model.vision),
+      **layers.write_fields(clip.CONFIG, model.vision),
       "model_type": "clip_vision_model",
     },
   }

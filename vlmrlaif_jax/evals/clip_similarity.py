@@ -17,11 +17,11 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.evals.text_similarity import Similarity
 from vlmrlaif_jax.huggingface import (
-  checkpoint_layouts,
   param_mapping,
   published_names,
 )
 from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.models.layers import read_fields
 
 CLIP_SOURCE = (
   "the papers use https://huggingface.co/openai/clip-vit-base-patch32 (config.json, "
@@ -62,7 +62,7 @@ def load_text_encoder(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
     raise ValueError(
       f"{folder} must contain a clip or a clip_text_model, got {kind!r}: {CLIP_SOURCE}"
     )
-  tower = clip.TextTower(**checkpoint_layouts.read_fields(clip.TEXT_CONFIG, config))
+  tower = clip.TextTower(**read_fields(clip.TEXT_CONFIG, config))
   model = clip.TextEncoder(tower, features)
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens == 0)

@@ -1,21 +1,20 @@
 """Detects the layout of a checkpoint folder and opens it in one common form.
 
-`find_layout` is the main function. The common form has the config and the tensor names
-of LLaVA in transformers before version 5. `make_llava_table` maps these names.
+`find_layout` is the main function. The common form of a LLaVA has the config and the
+tensor names of transformers before version 5, which `make_llava_table` maps. For other
+families, see families.py.
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from transformers import CONFIG_MAPPING, CLIPVisionConfig, LlavaConfig
 
 from vlmrlaif_jax.huggingface import (
   config_keys,
+  families,
   peft_adapters,
   published_names,
   vision_towers,
@@ -38,6 +37,7 @@ from vlmrlaif_jax.huggingface.image_preprocessing import (
 from vlmrlaif_jax.huggingface.tensor_files import Tensors
 from vlmrlaif_jax.models import clip, projector, siglip
 from vlmrlaif_jax.models.decoders import llama, mistral, qwen2, qwen3
+from vlmrlaif_jax.models.layers import write_fields
 
 # Model type -> family.
 DECODER_FAMILIES = {
@@ -91,26 +91,14 @@ OWN_KEYS = ("projector_depth", "image_mean", "image_std")
 _DEPTHS = {"linear": 1, "mlp2x_gelu": 2}  # mm_projector_type of the original LLaVA.
 
 
-def read_fields(fields: Mapping[str, str], config: HfConfig) -> dict[str, Any]:
-  """Reads the fields of a module from a config, by its family's CONFIG."""
-  get = lambda path: functools.reduce(lambda at, key: at[key], path.split("."), config)
-  return {field: get(path) for field, path in fields.items()}
-
-
-def write_fields(fields: Mapping[str, str], module: nn.Module) -> HfConfig:
-  """Returns the config of a module; the inverse of read_fields."""
-  values = {path: module.__dict__[field] for field, path in fields.items()}
-  return unflatten_dict(values, sep=".")
-
-
 class CheckpointLayout(NamedTuple):
   """An opened checkpoint in the common form; its tensors are not read yet."""
 
   name: str  # Name of the layout.
-  # Config of a LlavaConfig, plus "projector_depth", and "image_mean" and "image_std" if
-  # the files have them.
+  # Config of the family. That of a LLaVA also has "projector_depth", and "image_mean"
+  # and "image_std" if the files have them.
   config: HfConfig
-  tensors: Tensors  # Name, as in make_llava_table -> tensor.
+  tensors: Tensors  # Name, as in convert.make_table -> tensor.
   # Unused keys; unused, initialized and merged tensors; for the log.
   notes: tuple[str, ...] = ()
 
@@ -130,6 +118,12 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
     return _open_adapted(folder, tower)
   config = read_json_object(folder / "config.json")
   model_type = config.get("model_type")
+  if model_type in families.FAMILIES:
+    full, key_notes = families.read_config(folder)
+    found = families.open_tensors(folder, model_type)
+    full = families.match_config(folder, full, found)
+    name = f"Hugging Face {families.FAMILIES[model_type].name}"
+    return CheckpointLayout(name, full, found, tuple(key_notes))
   if "mm_vision_tower" in config:
     tensors, notes = published_names.open_tensors(folder)
     return _open_original(folder, config, tensors, notes, tower)
@@ -143,13 +137,15 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
   raise ValueError(_describe_unsupported(folder, model_type))
 
 
-def read_llava_config(folder: Path) -> HfConfig:
-  """Reads the config of a Hugging Face LLaVA, for which no weights are required.
+def read_config(folder: Path) -> HfConfig:
+  """Reads the config of a LLaVA or of another family, without its weights.
 
   Raises:
     ValueError: The config is that of another model, or has an unsupported key.
   """
-  return _read_llava(folder)[0]
+  config = read_json_object(folder / "config.json")
+  is_family = config.get("model_type") in families.FAMILIES
+  return (families.read_config if is_family else _read_llava)(folder)[0]
 
 
 def _read_llava(folder: Path) -> tuple[HfConfig, list[str]]:
@@ -182,17 +178,17 @@ def _scale_keys(scale: PixelScale | None) -> HfConfig:
 
 
 def _describe_unsupported(folder: Path, model_type: str | None) -> str:
+  known = ["llava", "llava_llama", *families.FAMILIES, *DECODER_FAMILIES]
   return (
-    f'{folder / "config.json"}: model_type must be "llava", "llava_llama" or one of '
-    f"{sorted(DECODER_FAMILIES)}, with weights next to it; got {model_type!r}. Give "
-    "another checkpoint."
+    f"{folder / 'config.json'}: model_type must be one of {known}, with weights next "
+    f"to it; got {model_type!r}. Give another checkpoint."
   )
 
 
 def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
   """Opens an adapter, its base, and the tensors that were trained whole."""
-  adapter = peft_adapters.read_adapter(folder, published_names.rename_published)
   base = find_base(folder, find_adapter(folder) or folder)
+  adapter = peft_adapters.read_adapter(folder, _choose_renaming(base))
   own = folder / "config.json"
   config = read_json_object(own) if own.exists() else {}
   if "mm_vision_tower" in config:
@@ -204,7 +200,7 @@ def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
   rest = published_names.format_counts(name.split(".")[0] for name in adapter.rest)
   return layout._replace(
     name=f"LoRA adapter on {layout.name}",
-    config=_match_config(layout.config, tensors),
+    config=_match_adapted(layout.config, tensors),
     tensors=tensors,
     notes=(
       *layout.notes,
@@ -213,6 +209,23 @@ def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
       *((f"replaced: {rest}",) if adapter.rest else ()),
     ),
   )
+
+
+def _choose_renaming(base: Path) -> Callable[[str], str]:
+  """Returns the function that maps names of an adapter's base to the common form."""
+  file = base / "config.json"
+  config = read_json_object(file) if file.exists() else {}
+  kind = str(config.get("model_type"))
+  if kind not in families.FAMILIES:
+    return published_names.rename_published
+  prefix = "base_model.model."
+  return lambda name: families.rename_tensor(kind, name.removeprefix(prefix))
+
+
+def _match_adapted(config: HfConfig, tensors: Tensors) -> HfConfig:
+  """Makes a config consistent with the tensors of a base and its adapter."""
+  is_family = config["model_type"] in families.FAMILIES
+  return config if is_family else _match_config(config, tensors)
 
 
 def _open_original(

@@ -5,6 +5,7 @@ as unused. A key that would change the result of the supported layers is an erro
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -72,6 +73,8 @@ _LIMITS = {
   "intermediate_size": 524_288,
   "num_hidden_layers": 512,
   "num_attention_heads": 1024,
+  "num_heads": 1024,
+  "depth": 512,
   "num_key_value_heads": 1024,
   "vocab_size": 4_194_304,
   "head_dim": 4096,
@@ -219,9 +222,10 @@ def check_sizes(text: HfConfig, vision: HfConfig) -> None:
           f"{name}.{key} must be an integer from 1 to {limit}, got {value!r}. Give "
           "the config.json of the weights."
         )
+  heads = "num_attention_heads" if "num_attention_heads" in vision else "num_heads"
   for big, small, part in (
     ("num_attention_heads", "num_key_value_heads", text),
-    ("hidden_size", "num_attention_heads", vision),
+    ("hidden_size", heads, vision),
   ):
     if part[big] % part[small]:
       raise ValueError(
@@ -234,7 +238,7 @@ def check_sizes(text: HfConfig, vision: HfConfig) -> None:
       f"the width of an attention head must be even, got {head_dim} (head_dim, or "
       "hidden_size / num_attention_heads). Give the config.json of the weights."
     )
-  if vision["patch_size"] > vision["image_size"]:
+  if vision["patch_size"] > vision.get("image_size", math.inf):
     raise ValueError(
       f"patch_size={vision['patch_size']} exceeds image_size={vision['image_size']}. "
       "Give the config.json of the weights."

@@ -20,28 +20,23 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
-from vlmrlaif_jax.huggingface import (
-  checkpoint_layouts,
-  config_keys,
-  qwen3_vl_checkpoints,
-)
+from vlmrlaif_jax.huggingface import checkpoint_layouts, config_keys, families
 from vlmrlaif_jax.huggingface import tensor_files as files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import (
   DECODER_FAMILIES,
   TOWER_FAMILIES,
   HfConfig,
-  read_fields,
-  write_fields,
 )
+from vlmrlaif_jax.huggingface.families import FAMILIES
 from vlmrlaif_jax.huggingface.param_mapping import (
   NameTable,
   PackedKernel,
   convert_from_hf,
   convert_to_hf,
 )
-from vlmrlaif_jax.models import clip, projector, qwen3_vl, siglip, vlm
+from vlmrlaif_jax.models import clip, projector, siglip
 from vlmrlaif_jax.models.decoders import llama
-from vlmrlaif_jax.models.layers import DTypes
+from vlmrlaif_jax.models.layers import DTypes, read_fields, write_fields
 from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantize_params
 from vlmrlaif_jax.models.projector import PROJECTOR_ACTIVATIONS
 from vlmrlaif_jax.models.vlm import VLM, get_param_shapes
@@ -60,32 +55,38 @@ _REQUIRED_VALUES = {
 HEAD_TABLE: NameTable = {"kernel": ("weight", "T"), "bias": ("bias", "")}
 
 
-def is_qwen3_vl(folder: Path) -> bool:
-  """Returns whether a folder has a Qwen3-VL."""
-  file = folder / "config.json"
-  if not file.exists():
-    return False
-  config = config_keys.read_json_object(file)
-  return config.get("model_type") == qwen3_vl_checkpoints.MODEL_TYPE
+def make_model(config: HfConfig, dtype: str, *, train_merger: bool = False) -> VLM:
+  """Builds the model of a layout's config; see load_llava.
+
+  Raises:
+    ValueError: The config has a value that the layers do not support.
+  """
+  if (family := FAMILIES.get(config["model_type"])) is not None:
+    return family.models.make_model(config, dtype, train_merger)
+  return make_llava_model(config, dtype)
 
 
-def make_table(model: VLM) -> NameTable:
-  """Returns the names of a model's parameters in a checkpoint."""
-  if isinstance(model.vision, qwen3_vl.Model):
-    return qwen3_vl_checkpoints.TABLE
-  return checkpoint_layouts.make_llava_table(*get_model_types(model))
+def make_table(config: HfConfig, *, train_merger: bool = False) -> NameTable:
+  """Returns the sources of a model's parameters in the tensors of its layout."""
+  if config["model_type"] in FAMILIES:
+    return families.make_table(config, train_merger=train_merger)
+  parts = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
+  return checkpoint_layouts.make_llava_table(*parts)
 
 
-def load_processor(folder: Path, model: VLM, frames: int) -> Processor:
+def load_processor(
+  folder: Path, config: HfConfig, model: VLM, frames: int
+) -> Processor:
   """Returns the processor of a checkpoint.
 
   Args:
     folder: Folder of the checkpoint.
+    config: Config of its layout.
     model: Model of the checkpoint.
     frames: Frames per video, for a family with a fixed number.
   """
-  if isinstance(model.vision, qwen3_vl.Model):
-    return qwen3_vl_checkpoints.read_processor(folder)
+  if config["model_type"] in FAMILIES:
+    return families.read_processor(folder, config)
   tower = model.vision
   return LlavaProcessor(frames, tower.image, tower.patch, tower.padding_color)
 
@@ -109,9 +110,10 @@ def load_llava(
   mesh: Mesh | None = None,
   tower: str = "",
   quant: str = "none",
+  train_merger: bool = False,
   note: Callable[[str], None] = lambda line: None,
 ) -> tuple[VLM, Params, HfConfig]:
-  """Loads a Qwen3-VL, or a layout that checkpoint_layouts.find_layout detects.
+  """Loads a checkpoint of a layout that checkpoint_layouts.find_layout detects.
 
   The files are checked before anything is placed on a device. Fields that no checkpoint
   contains, such as LoRA's rank, have the defaults of Decoder: clone `llm` to set them.
@@ -125,30 +127,30 @@ def load_llava(
     quant: "none" or a key of quantization.SCHEMES, which adds the collection "quant"
       with the kernels of the language model's layers. Each layer is quantized after it
       is read, so the devices never hold all original kernels.
+    train_merger: Whether the merger of a family other than LLaVA is the projector,
+      which SFT trains, instead of a part of the tower.
     note: Receives a line with the layout and the reading speed.
 
   Returns:
-    The model, its variables, and its config as a LlavaConfig or Qwen3VLConfig.
+    The model, its variables, and its config as that of its class in transformers.
 
   Raises:
     FileNotFoundError: A file is missing.
     ValueError: A file is damaged, or the files do not fit each other.
   """
   folder = Path(folder)
-  is_qwen = is_qwen3_vl(folder)
-  if is_qwen:
-    layout = qwen3_vl_checkpoints.open_checkpoint(folder)
-  else:
-    layout = checkpoint_layouts.find_layout(folder, tower=tower)
-  make_model = qwen3_vl_checkpoints.make_model if is_qwen else make_llava_model
+  layout = checkpoint_layouts.find_layout(folder, tower=tower)
+  table = make_table(layout.config, train_merger=train_merger)
   try:
-    model = make_model(layout.config, dtype)
+    model = make_model(layout.config, dtype, train_merger=train_merger)
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
   notes = _check_tokenizer(folder, layout.config["text_config"]["vocab_size"])
   total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
   with files.show_read_progress(total) as on_bytes_read:
-    variables = _load_variables(layout.tensors, model, mesh, quant, on_bytes_read)
+    variables = _load_variables(
+      layout.tensors, table, model, mesh, quant, on_bytes_read
+    )
   seconds, gigabytes = time.monotonic() - start, total / 1e9
   speed = f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)"
   note(f"{folder.name}: {'; '.join((layout.name, *layout.notes, *notes, speed))}")
@@ -157,6 +159,7 @@ def load_llava(
 
 def _load_variables(
   tensors: files.Tensors,
+  table: NameTable,
   model: VLM,
   mesh: Mesh | None,
   quant: str,
@@ -165,12 +168,11 @@ def _load_variables(
   """Loads the variables of a model; see load_llava."""
   shapes = get_param_shapes(model)
   stored = get_stored_shapes(shapes, quant)
-  table = make_table(model)
   if mesh is None:
     params = convert_from_hf(table, tensors, shapes, on_bytes_read=on_bytes_read)
     return {"params": params} if quant == "none" else _quantize(params, quant)
   both = {"params": shapes, "quant": stored.get("quant", {})}
-  shardings = sharding.shard_by_rules(both, vlm.SHARDING, mesh)
+  shardings = sharding.shard_by_rules(both, families.SHARDING, mesh)
   kernels = flatten_dict(
     shardings["quant"], sep="/", is_leaf=lambda path, tree: "codes" in tree
   )
@@ -332,21 +334,28 @@ def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
 
 
 def save_llava(
-  folder: str | Path, params: Params, config: HfConfig, dtype: str = "float16"
+  folder: str | Path,
+  params: Params,
+  config: HfConfig,
+  dtype: str = "float16",
+  *,
+  train_merger: bool = False,
 ):
-  """Writes a checkpoint for transformers: a LLaVA, or a Qwen3-VL by its config.
+  """Writes a checkpoint for transformers.
 
   Args:
     folder: Output folder.
     params: Parameters of a VLM without a scalar head. Merge LoRA updates first.
     config: Config from load_llava or make_llava_config.
     dtype: Dtype of the written tensors.
+    train_merger: As in load_llava.
 
   Raises:
     ValueError: The projector does not have 2 layers.
   """
-  if config["model_type"] == qwen3_vl_checkpoints.MODEL_TYPE:
-    save_tensors(Path(folder), qwen3_vl_checkpoints.TABLE, params, config, dtype)
+  table = make_table(config, train_merger=train_merger)
+  if config["model_type"] in FAMILIES:
+    save_tensors(Path(folder), table, params, config, dtype)
     return
   depth = config["projector_depth"]
   if depth != 2:
@@ -356,10 +365,7 @@ def save_llava(
     )
   own = checkpoint_layouts.OWN_KEYS
   rest = {key: value for key, value in config.items() if key not in own}
-  families = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
-  save_tensors(
-    Path(folder), checkpoint_layouts.make_llava_table(*families), params, rest, dtype
-  )
+  save_tensors(Path(folder), table, params, rest, dtype)
 
 
 def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]:

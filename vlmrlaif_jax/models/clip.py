@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -282,6 +283,20 @@ class VisionTower(Tower, kw_only=True):
   def feature_shape(self) -> tuple[int, ...]:
     """Shape of the features of a frame."""
     return self.patch_count, self.channels
+
+  def settings(self) -> dict[str, Any]:
+    """Returns the settings that features depend on."""
+    black_to_white = jnp.array([[[0] * 3, [255] * 3]], jnp.uint8)
+    layers = self.selected_layers
+    names = ("image", "patch", "heads", "activation", "eps")
+    return {
+      "kind": type(self).__module__,  # The family, such as CLIP or SigLIP.
+      **{name: self.__dict__[name] for name in names},
+      "layer": layers[0] if len(layers) == 1 else layers,
+      "dtype": jnp.dtype(self.dtype).name,
+      # Rounded, because the last bit of a division differs between accelerators.
+      "pixels": np.round(self.normalize(black_to_white), 4).tolist(),
+    }
 
   def example_inputs(self) -> tuple[Any, ...]:
     """Returns inputs by which the tower is initialized."""

@@ -1,11 +1,14 @@
 """Layers that several models share: dense with LoRA, RMSNorm, rotary embedding."""
 
-from typing import NamedTuple, TypeAlias, TypedDict
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -33,6 +36,28 @@ class Layer(nn.Module, kw_only=True):
   def types(self) -> DTypes:
     """The dtypes as arguments of inner layers."""
     return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+
+def read_fields(fields: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads the fields of a module from a config, by its family's CONFIG."""
+
+  def get(path: str) -> Any:
+    return functools.reduce(lambda at, key: at[key], path.split("."), config)
+
+  return {field: get(path) for field, path in fields.items()}
+
+
+def write_fields(fields: Mapping[str, str], module: nn.Module) -> dict[str, Any]:
+  """Returns the config of a module; the inverse of read_fields."""
+  values = {path: module.__dict__[field] for field, path in fields.items()}
+  return unflatten_dict(values, sep=".")
+
+
+def describe_settings(module: nn.Module) -> dict[str, Any]:
+  """Returns the family of a vision tower and the fields that features depend on."""
+  names = module.__dataclass_fields__.keys() - {"parent", "name", "param_dtype"}
+  values = {name: str(module.__dict__[name]) for name in sorted(names)}
+  return {"kind": type(module).__module__, **values}
 
 
 class RopeScaling(NamedTuple):

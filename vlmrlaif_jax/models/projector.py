@@ -51,6 +51,17 @@ class Projector(Layer):
     return VisualFeatures(pool_video(self(features)))
 
 
+class Connector(nn.Module):
+  """The projector of a tower whose features have the language model's width."""
+
+  embed: int  # Width of the language model's embeddings.
+
+  def connect(self, features: Float[Array, "batch tokens features"]) -> VisualFeatures:
+    """Splits joined features into those that replace embeddings, and DeepStack's."""
+    merged, *deepstack = jnp.split(features, features.shape[-1] // self.embed, axis=-1)
+    return VisualFeatures(merged, jnp.stack(deepstack) if deepstack else None)
+
+
 def pool_video(
   features: Float[Array, "*batch frames patches embed"],
 ) -> Float[Array, "*batch tokens embed"]:

@@ -8,6 +8,7 @@ The language model is Qwen2 with three position axes; see LLM_VARIANTS.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,10 +19,29 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.models.decoders import qwen2
-from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer, RMSNorm
+from vlmrlaif_jax.models.layers import (
+  Dense,
+  DTypes,
+  HiddenStates,
+  Layer,
+  RMSNorm,
+  VisualFeatures,
+  describe_settings,
+  read_fields,
+)
 from vlmrlaif_jax.models.ops.attention import attend
-from vlmrlaif_jax.models.qwen3_vl import VisualFeatures, axial_angles, rotate
+from vlmrlaif_jax.models.patch_grids import (
+  axial_angles,
+  join_states,
+  name_parts,
+  read_rope_sections,
+  rotate,
+  split_states,
+)
+from vlmrlaif_jax.models.projector import Connector
+from vlmrlaif_jax.models.vlm import VLM
 
+_FRAMES = 2  # Frames of a temporal patch.
 _shape = lambda out, mlp: dict(
   embed=1280, mlp=mlp, layers=32, heads=16, out=out, full_layers=(7, 15, 23, 31)
 )
@@ -90,6 +110,26 @@ HF_VISION = {
     )
     for leaf, name, op in (("kernel", "weight", "T"), ("bias", "bias", ""))
   },
+}
+
+
+# Sources of all parameters, as transformers names them.
+HF = name_parts(HF_VISION, qwen2.HF)
+
+# Patterns of names in published checkpoints -> names as in HF.
+RENAMES = (
+  (r"^visual\.", "model.visual."),
+  (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."),
+)
+
+# Modules of the tower that model.train_merger makes a part of the projector, and their
+# names in transformers.
+MERGERS = {"merger": "merger"}
+
+# Values that a config must have, by its part.
+REQUIRED: dict[str, dict[str, Any]] = {
+  "text_config": dict(hidden_act="silu"),
+  "vision_config": dict(hidden_act="silu", temporal_patch_size=_FRAMES),
 }
 
 
@@ -184,30 +224,73 @@ class PatchMerger(Layer):
     return Dense(self.out, bias=True, name="fc2", **self.types)(nn.gelu(x, False))
 
 
-class Model(Layer, kw_only=True):
-  """A vision tower that returns merged features of temporal patches."""
+class Mergers(Layer, kw_only=True):
+  """The merger of hidden states, or the projector of a run that trains it."""
+
+  out: int  # Width of the features, which is that of the language model.
+  merge: int = 2  # Side of the squares of patches that are merged.
+  eps: float = 1e-6  # Epsilon of RMSNorm.
+
+  def setup(self):
+    self.merger = PatchMerger(self.merge**2, self.out, self.eps, **self.types)
+
+  def merge_patches(
+    self, states: Float[Array, "states images patches embed"]
+  ) -> VisualFeatures:
+    """Computes the features of hidden states by `Model.encode`."""
+    return VisualFeatures(self.merger(states[-1]))
+
+  def connect(self, features: Float[Array, "batch tokens features"]) -> VisualFeatures:
+    """Computes the features of hidden states that qwen3_vl.join_states joined."""
+    return self.merge_patches(split_states(features, 1, self.merge))
+
+
+class Model(Mergers, kw_only=True):
+  """A vision tower that returns features of temporal patches."""
 
   embed: int  # Width of hidden states.
   mlp: int  # Width of the MLP.
   layers: int  # Number of layers.
   heads: int  # Attention heads.
-  out: int  # Width of the features, which is that of the language model.
   full_layers: tuple[int, ...]  # Layers without windows.
   patch: int = 14  # Side of a patch, in pixels.
-  merge: int = 2  # Side of the squares of patches that are merged.
   window: int = 112  # Side of a window, in pixels.
-  eps: float = 1e-6  # Epsilon of RMSNorm.
+  merges: bool = True  # Whether the tower has the merger, and not the projector.
 
   def setup(self):
+    if self.merges:
+      super().setup()
     self.patch_kernel = Dense(self.embed, name="patch", **self.types)
     self.blocks = WindowBlock(self.heads, self.mlp, self.eps, **self.types)
-    self.merger = PatchMerger(self.merge**2, self.out, self.eps, **self.types)
 
   def __call__(
     self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
   ) -> VisualFeatures:
-    """Computes the features of temporal patches; see `encode` and `merge_patches`."""
-    return self.merge_patches(self.encode(pixels, grid))
+    """Computes the features of temporal patches, or their hidden states, joined."""
+    states = self.encode(pixels, grid)
+    if self.merges:
+      return self.merge_patches(states)
+    return VisualFeatures(join_states(states, self.merge))
+
+  @property
+  def feature_shape(self) -> tuple[int, ...]:
+    """Shape of the features of a token."""
+    return (self.out if self.merges else self.merge**2 * self.embed,)
+
+  def settings(self) -> dict[str, Any]:
+    """Returns the settings that features depend on."""
+    return describe_settings(self)
+
+  def example_inputs(self) -> tuple[Any, ...]:
+    """Returns inputs by which the tower is initialized."""
+    pixels = jnp.zeros((1, self.merge**2, 3 * _FRAMES * self.patch**2))
+    return pixels, (self.merge, self.merge)
+
+  def features(
+    self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
+  ) -> Float[Array, "images tokens features"]:
+    """Computes the features of temporal patches."""
+    return self(pixels, grid).merged
 
   def encode(
     self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
@@ -237,9 +320,24 @@ class Model(Layer, kw_only=True):
     x = x.reshape(len(x), -1, square, self.embed)[:, places]
     return x.reshape(1, len(x), -1, self.embed)
 
-  def merge_patches(
-    self, states: Float[Array, "states images patches embed"]
-  ) -> VisualFeatures:
-    """Computes the features of hidden states by `encode`; none are for DeepStack."""
-    merged = self.merger(states[-1])
-    return VisualFeatures(merged, jnp.zeros((0, *merged.shape), merged.dtype))
+
+def make_model(
+  config: Mapping[str, Any], dtype: str, train_merger: bool = False
+) -> VLM:
+  """Builds the model of a config.json; see qwen3_vl.make_model."""
+  text, types = config["text_config"], DTypes(dtype=dtype, param_dtype=dtype)
+  fields = read_fields(CONFIG, config["vision_config"])
+  tower = Model(
+    **{**fields, "full_layers": tuple(fields["full_layers"])},
+    merges=not train_merger,
+    **types,
+  )
+  projector: nn.Module = Connector(tower.out)
+  if train_merger:
+    projector = Mergers(out=tower.out, merge=tower.merge, eps=tower.eps, dtype=dtype)
+  decoder = qwen2.Model(
+    **read_fields(qwen2.CONFIG, text),
+    mrope=read_rope_sections(config, ROPE_SECTIONS),
+    **types,
+  )
+  return VLM(tower, projector, decoder)

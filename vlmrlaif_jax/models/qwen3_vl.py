@@ -8,7 +8,8 @@ The language model is Qwen3 with three position axes; see LLM_VARIANTS.
 """
 
 import functools
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,15 +22,28 @@ from vlmrlaif_jax.models.clip import CLIP_ACTIVATIONS, layer_norm
 from vlmrlaif_jax.models.decoders import qwen3
 from vlmrlaif_jax.models.layers import (
   Dense,
+  DTypes,
   HiddenStates,
   Layer,
   VisualFeatures,
-  rotate_halves,
+  describe_settings,
+  read_fields,
 )
 from vlmrlaif_jax.models.ops.attention import attend
+from vlmrlaif_jax.models.patch_grids import (
+  axial_angles,
+  interpolate,
+  join_states,
+  name_parts,
+  order_patches,
+  read_rope_sections,
+  rotate,
+  split_states,
+)
+from vlmrlaif_jax.models.projector import Connector
+from vlmrlaif_jax.models.vlm import VLM
 
 _FRAMES = 2  # Frames of a temporal patch.
-AnyArrayT = TypeVar("AnyArrayT", np.ndarray, Array)
 
 _small = dict(embed=1024, mlp=4096, layers=24, heads=16, taps=(5, 11, 17))
 _large = dict(embed=1152, mlp=4304, layers=27, heads=16, taps=(8, 16, 24))
@@ -122,49 +136,21 @@ HF_VISION = {
   **_name(_MERGER, "deepstack_mergers", "deepstack_merger_list.{}"),
 }
 
+# Sources of all parameters, as transformers names them.
+HF = name_parts(HF_VISION, qwen3.HF)
 
-def order_patches(x: AnyArrayT, merge: int) -> AnyArrayT:
-  """Flattens rows and columns of patches, so that merged patches are neighbors.
+# Patterns of names in published checkpoints -> names as in HF.
+RENAMES: tuple[tuple[str, str], ...] = ()
 
-  >>> print(order_patches(np.arange(8).reshape(2, 4), merge=2))
-  [0 1 4 5 2 3 6 7]
+# Modules of the tower that model.train_merger makes a part of the projector, and their
+# names in transformers.
+MERGERS = {"merger": "merger", "deepstack_mergers": "deepstack_merger_list"}
 
-  Args:
-    x: an array whose first axes are rows and columns of patches.
-    merge: side of the squares of patches that are merged.
-  """
-  height, width, *rest = x.shape
-  x = x.reshape(height // merge, merge, width // merge, merge, *rest)
-  return x.swapaxes(1, 2).reshape(height * width, *rest)
-
-
-def axial_angles(
-  grid: tuple[int, int], merge: int, head_dim: int
-) -> Float[np.ndarray, "patches angles"]:
-  """Returns the rotary angles of patches: of their rows, then of their columns.
-
-  Args:
-    grid: rows and columns of patches.
-    merge: see order_patches.
-    head_dim: width of a head. A quarter of it is the number of frequencies.
-  """
-  frequency = 10_000.0 ** (-np.arange(head_dim // 4) / (head_dim // 4))
-  angles = np.moveaxis(np.indices(grid), 0, -1)[..., None] * frequency
-  return order_patches(angles.reshape(*grid, -1), merge).astype(np.float32)
-
-
-def rotate(
-  x: Float[Array, "*batch patches heads head_dim"],
-  angles: Float[np.ndarray, "patches angles"],
-) -> Float[Array, "*batch patches heads head_dim"]:
-  """Rotates queries or keys of patches by axial_angles."""
-  return rotate_halves(x, np.sin(angles)[:, None], np.cos(angles)[:, None])
-
-
-def _resample(size: int, side: int) -> Float[np.ndarray, "size side"]:
-  """Returns the matrix that resamples `side` points to `size`, from end to end."""
-  at = np.linspace(0, side - 1, size)[:, None]
-  return np.maximum(0, 1 - np.abs(at - np.arange(side))).astype(np.float32)
+# Values that a config must have, by its part.
+REQUIRED: dict[str, dict[str, Any]] = {
+  "text_config": dict(hidden_act="silu", attention_bias=False),
+  "vision_config": dict(in_channels=3, temporal_patch_size=_FRAMES),
+}
 
 
 class VisionBlock(Layer):
@@ -214,33 +200,49 @@ class Merger(Layer):
     return Dense(self.out, bias=True, name="fc2", **self.types)(x)
 
 
-class Connector(nn.Module):
-  """The link of features and a language model: merged features need no projector."""
+class Mergers(Layer, kw_only=True):
+  """The mergers of hidden states, or the projector of a run that trains them.
 
-  embed: int  # Width of the language model's embeddings.
+  By default they are a part of the tower, and features are saved after them.
+  """
+
+  out: int  # Width of the features, which is that of the language model.
+  taps: tuple[int, ...]  # Layers whose hidden states become DeepStack features.
+  merge: int = 2  # Side of the squares of patches that are merged.
+  eps: float = 1e-6  # Epsilon of layer norms.
+
+  def setup(self):
+    settings = (self.merge, self.out, self.eps)
+    self.merger = Merger(*settings, **self.types)
+    stacked = nn.vmap(Merger, variable_axes={"params": 0}, split_rngs={"params": True})
+    self.deepstack_mergers = stacked(*settings, norm_square=True, **self.types)
+
+  def merge_patches(
+    self, states: Float[Array, "states images patches embed"]
+  ) -> VisualFeatures:
+    """Computes the features of hidden states by `Model.encode`."""
+    return VisualFeatures(self.merger(states[-1]), self.deepstack_mergers(states[:-1]))
 
   def connect(self, features: Float[Array, "batch tokens features"]) -> VisualFeatures:
-    """Splits features that `Model.features` joined."""
-    merged, *deepstack = jnp.split(features, features.shape[-1] // self.embed, axis=-1)
-    return VisualFeatures(merged, jnp.stack(deepstack) if deepstack else None)
+    """Computes the features of hidden states that `join_states` joined."""
+    return self.merge_patches(split_states(features, 1 + len(self.taps), self.merge))
 
 
-class Model(Layer, kw_only=True):
-  """A vision tower that returns merged features of temporal patches."""
+class Model(Mergers, kw_only=True):
+  """A vision tower that returns features of temporal patches."""
 
   embed: int  # Width of hidden states.
   mlp: int  # Width of the MLP.
   layers: int  # Number of layers.
   heads: int  # Attention heads.
-  out: int  # Width of the features, which is that of the language model.
-  taps: tuple[int, ...]  # Layers whose hidden states become DeepStack features.
   activation: str = "gelu_pytorch_tanh"  # A key of CLIP_ACTIVATIONS.
   patch: int = 16  # Side of a patch, in pixels.
-  merge: int = 2  # Side of the squares of patches that are merged.
   positions: int = 48**2  # Rows of the position table, which is a square.
-  eps: float = 1e-6  # Epsilon of layer norms.
+  merges: bool = True  # Whether the tower has the mergers, and not the projector.
 
   def setup(self):
+    if self.merges:
+      super().setup()
     self.patch_kernel = Dense(self.embed, bias=True, name="patch", **self.types)
     self.position_embedding = self.param(
       "position_embedding",
@@ -251,21 +253,25 @@ class Model(Layer, kw_only=True):
     self.blocks = VisionBlock(
       self.heads, self.mlp, self.activation, self.eps, **self.types
     )
-    settings = (self.merge, self.out, self.eps)
-    self.merger = Merger(*settings, **self.types)
-    stacked = nn.vmap(Merger, variable_axes={"params": 0}, split_rngs={"params": True})
-    self.deepstack_mergers = stacked(*settings, norm_square=True, **self.types)
 
   def __call__(
     self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
   ) -> VisualFeatures:
-    """Computes the features of temporal patches; see `encode` and `merge_patches`."""
-    return self.merge_patches(self.encode(pixels, grid))
+    """Computes the features of temporal patches, or their hidden states, joined."""
+    states = self.encode(pixels, grid)
+    if self.merges:
+      return self.merge_patches(states)
+    return VisualFeatures(join_states(states, self.merge))
 
   @property
   def feature_shape(self) -> tuple[int, ...]:
     """Shape of the features of a token."""
-    return ((1 + len(self.taps)) * self.out,)
+    width = self.out if self.merges else self.merge**2 * self.embed
+    return ((1 + len(self.taps)) * width,)
+
+  def settings(self) -> dict[str, Any]:
+    """Returns the settings that features depend on."""
+    return describe_settings(self)
 
   def example_inputs(self) -> tuple[Any, ...]:
     """Returns inputs by which the tower is initialized."""
@@ -277,8 +283,8 @@ class Model(Layer, kw_only=True):
   ) -> Float[Array, "images tokens features"]:
     """Computes the features of temporal patches, joined in one array; see Connector."""
     merged, deepstack = self(pixels, grid)
-    assert deepstack is not None
-    return jnp.concatenate([merged, *deepstack], axis=-1)
+    more = () if deepstack is None else deepstack
+    return jnp.concatenate([merged, *more], axis=-1)
 
   def encode(
     self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
@@ -312,17 +318,11 @@ class Model(Layer, kw_only=True):
     (x, states), _ = scan(self.blocks, (x, states), jnp.asarray(slots))
     return states.at[last].set(x)
 
-  def merge_patches(
-    self, states: Float[Array, "states images patches embed"]
-  ) -> VisualFeatures:
-    """Computes the features of hidden states by `encode`."""
-    return VisualFeatures(self.merger(states[-1]), self.deepstack_mergers(states[:-1]))
-
   def _embed_positions(self, grid: tuple[int, int]) -> Float[Array, "patches embed"]:
     """Resamples the position table bilinearly to a grid; the corners are aligned."""
     side = round(self.positions**0.5)
     table = self.position_embedding.reshape(side, side, self.embed)
-    rows, columns = (_resample(size, side) for size in grid)
+    rows, columns = (interpolate(size, side) for size in grid)
     at_grid = jnp.einsum(
       "hi,wj,ijc->hwc",
       rows,
@@ -331,3 +331,41 @@ class Model(Layer, kw_only=True):
       precision=jax.lax.Precision.HIGHEST,
     )
     return order_patches(at_grid, self.merge)
+
+
+def make_model(
+  config: Mapping[str, Any], dtype: str, train_merger: bool = False
+) -> VLM:
+  """Builds the model of a config.json.
+
+  Args:
+    config: The config, with the defaults of transformers.
+    dtype: Dtype of the computation and of frozen parameters.
+    train_merger: Whether the mergers are the projector, which SFT trains.
+
+  Raises:
+    ValueError: The config has a value that the layers do not support.
+  """
+  text, vision = config["text_config"], config["vision_config"]
+  if vision["hidden_act"] not in CLIP_ACTIVATIONS:
+    raise ValueError(
+      f"vision_config.hidden_act must be one of {sorted(CLIP_ACTIVATIONS)}, "
+      f"got {vision['hidden_act']!r}. Give another checkpoint."
+    )
+  types = DTypes(dtype=dtype, param_dtype=dtype)
+  fields = read_fields(CONFIG, vision)
+  tower = Model(
+    **{**fields, "taps": tuple(fields["taps"])}, merges=not train_merger, **types
+  )
+  projector: nn.Module = Connector(tower.out)
+  if train_merger:
+    projector = Mergers(
+      out=tower.out, taps=tower.taps, merge=tower.merge, eps=tower.eps, dtype=dtype
+    )
+  decoder = qwen3.Model(
+    **read_fields(qwen3.CONFIG, text),
+    mrope=read_rope_sections(config, ROPE_SECTIONS),
+    mrope_interleaved=True,
+    **types,
+  )
+  return VLM(tower, projector, decoder)

@@ -23,18 +23,18 @@ from vlmrlaif_jax.core.types import (
   Params,
   flatten_groups,
 )
-from vlmrlaif_jax.models import clip, projector, qwen3_vl, siglip
+from vlmrlaif_jax.models import clip, projector, siglip
 from vlmrlaif_jax.models.decoder import LayerAdditions
 from vlmrlaif_jax.models.decoders import qwen2
 from vlmrlaif_jax.models.layers import Dense, HiddenStates, KVCache
 from vlmrlaif_jax.models.ops.attention import SharedPromptMask
 
+# Those of a LLaVA; huggingface.families has those of all families.
 SHARDING = (
   (r"/head/(kernel|bias)", P()),
   *projector.SHARDING,
   *clip.SHARDING,
   *siglip.SHARDING,
-  *qwen3_vl.SHARDING,
   *qwen2.SHARDING,  # Includes the rules of Llama and Qwen3.
 )
 

@@ -34,11 +34,16 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     UserError: A checkpoint is missing and its size is not known.
   """
   model = config.model
-  policy = scorer = _load(model, model.path, model.size, mesh)
+  published = _find_config(model.path, model.tower, model.size)
+  policy = scorer = _make_model(model, published, mesh)
   if run_lib.has_separate_reward_model(config):
     size = model.reward_model_size or model.size
-    scorer = _load(model, model.reward_model_path, size, mesh)
+    other = _find_config(model.reward_model_path, model.tower, size)
+    scorer = _make_model(model, other, mesh)
   tokenizer, template = _load_tokenizer(model.path, model.template)
+  folder = pathlib.Path(model.path)
+  if model.path.startswith(run_lib.BUILTIN):
+    folder = run_lib.resolve_checkpoint(model.path)
   return loading.create_run_of_models(
     config,
     pathlib.Path(),
@@ -47,7 +52,7 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     scorer,
     tokenizer,
     template,
-    convert.load_processor(pathlib.Path(), policy[0], model.frames),
+    convert.load_processor(folder, published, policy[0], model.frames),
     ABSTRACT_ARRAYS,
   )
 
@@ -81,11 +86,11 @@ ABSTRACT_ARRAYS = ArrayFactory(
 )
 
 
-def _load(
-  model: ConfigDict, path: str, size: str, mesh: Mesh
+def _make_model(
+  model: ConfigDict, published: convert.HfConfig, mesh: Mesh
 ) -> tuple[vlm.VLM, Params]:
   """Returns what loading.load_model returns, with shapes."""
-  plain = convert.make_llava_model(_find_config(path, model.tower, size), model.dtype)
+  plain = convert.make_model(published, model.dtype, train_merger=model.train_merger)
   shapes = convert.get_stored_shapes(vlm.get_param_shapes(plain), model.quant)
   return loading.configure_model(plain, model, mesh), add_shardings(shapes, mesh)
 
@@ -103,7 +108,7 @@ def _find_config(path: str, tower: str, size: str) -> convert.HfConfig:
       f"--config.model.reward_model_size) to one of {sizes}; got {size!r}"
     ) from error
   if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-    return checkpoint_layouts.read_llava_config(folder)
+    return checkpoint_layouts.read_config(folder)
   return checkpoint_layouts.find_layout(folder, tower=tower).config
 
 

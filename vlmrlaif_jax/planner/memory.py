@@ -7,7 +7,6 @@ compares it with the compiler's own numbers.
 
 import math
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen, ModelPass
-from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.planner.abstract_run import PlannedStage, plan_recipe_stages
 from vlmrlaif_jax.planner.compile import CompiledProgram
@@ -266,8 +264,6 @@ def check_memory(config: ConfigDict, stages: Iterable[str]) -> None:
     UserError: A function needs too much memory, or "splash" attention would divide
       key and value heads.
   """
-  if convert.is_qwen3_vl(pathlib.Path(config.model.path)):
-    return  # The tokens of a video are not known before its frames are read.
   mesh = sharding.make_mesh(**config.mesh)
   run, tensor = abstract_run.create_abstract_run(config, mesh), mesh.shape["tensor"]
   model = config.model

@@ -17,6 +17,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.huggingface import families
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.training import checkpoint
 
@@ -71,8 +72,8 @@ def get_trainable_shapes(model: vlm.VLM, mesh: Mesh) -> Params:
 
 
 def add_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Returns the shapes of parameters with the shardings of vlm.SHARDING."""
-  where = sharding.shard_by_rules(tree, vlm.SHARDING, mesh)
+  """Returns the shapes of parameters with the shardings of families.SHARDING."""
+  where = sharding.shard_by_rules(tree, families.SHARDING, mesh)
   return jax.tree.map(
     lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
   )

@@ -107,6 +107,7 @@ def load_run_without_data(
   mesh = sharding.make_mesh() if mesh is None else mesh
   folder = run_lib.resolve_checkpoint(model.path)
   policy, base, published = load_model(model, folder, mesh, note)
+  processor = convert.load_processor(folder, published, policy, config.model.frames)
   reward_model, reward_model_base = policy, base
   if has_separate_reward_model:
     other = run_lib.resolve_checkpoint(model.reward_model_path or model.path)
@@ -124,7 +125,7 @@ def load_run_without_data(
     (reward_model, reward_model_base),
     tokenizer,
     template,
-    convert.load_processor(folder, policy, config.model.frames),
+    processor,
   )
   return run, published
 
@@ -169,7 +170,7 @@ def load_model(
   mesh: Mesh,
   note: Callable[[str], None],
 ) -> tuple[vlm.VLM, Params, convert.HfConfig]:
-  """Loads a LLaVA checkpoint by the settings of the section `model`.
+  """Loads a checkpoint by the settings of the section `model`.
 
   Returns:
     The model with LoRA, its variables, and its Hugging Face config.
@@ -180,6 +181,7 @@ def load_model(
     mesh=mesh,
     tower=model.tower,
     quant=model.quant,
+    train_merger=model.train_merger,
     note=note,
   )
   return configure_model(loaded, model, mesh), variables, config

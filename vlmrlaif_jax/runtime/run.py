@@ -92,6 +92,9 @@ def default_config() -> ConfigDict:
       dtype="float32",  # Dtype of the computation.
       remat="none",  # "full" recomputes layers, "dots" all but matmuls; saves memory.
       attention="auto",  # "auto" or a key of attention.BACKENDS.
+      # Whether SFT trains the merger of vision features, for a family other than LLaVA.
+      # The features of videos are then larger.
+      train_merger=False,
       quant="none",  # Frozen layers as "nf4", "nf4_double" (QLoRA) or "int8".
       # Planned models for paths without a checkpoint: keys of PLANNED_SIZES.
       size="",

@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,7 @@ from vlmrlaif_jax.data.processors.interface import (
 )
 from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
 from vlmrlaif_jax.data.video import VideoPath, format_video_name
-from vlmrlaif_jax.models import qwen3_vl, vlm
+from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
 
 LENGTH_MULTIPLE = 64  # Features are padded to a multiple of this number.
@@ -92,7 +91,7 @@ def _encode_local_share(
   store = features.build_feature_store(
     videos,
     folder,
-    encoder=_compute_digest(tower, get_tower_settings(run.policy.vision)),
+    encoder=_compute_digest(tower, run.policy.vision.settings()),
     encode=functools.partial(encode_batch, run.policy, variables, mesh, batch),
     processor=run.processor,
     batch=batch,
@@ -187,7 +186,7 @@ def check_same_tower(run: Run) -> None:
   if run.reward_model_base is run.base:
     return
   differences = find_differences(
-    get_tower_settings(run.policy.vision), get_tower_settings(run.reward_model.vision)
+    run.policy.vision.settings(), run.reward_model.vision.settings()
   )
   shared = (
     "Videos are encoded once for both models: set --config.model.reward_model_path to a"
@@ -207,28 +206,6 @@ def check_same_tower(run: Run) -> None:
       "the vision towers of model.path and model.reward_model_path have different "
       f"weights. {shared}"
     )
-
-
-def get_tower_settings(vision: nn.Module) -> dict[str, Any]:
-  """Returns the settings of a vision tower that its features depend on."""
-  if isinstance(vision, qwen3_vl.Model):  # The processor normalizes.
-    names = vision.__dataclass_fields__.keys() - {"parent", "name", "param_dtype"}
-    values = {name: str(getattr(vision, name)) for name in sorted(names)}
-    return {"kind": type(vision).__module__, **values}
-  black_to_white = jnp.array([[[0] * 3, [255] * 3]], jnp.uint8)
-  layers = vision.selected_layers
-  return {
-    "kind": type(vision).__module__,  # The family, such as CLIP or SigLIP.
-    "image": vision.image,
-    "patch": vision.patch,
-    "heads": vision.heads,
-    "activation": vision.activation,
-    "eps": vision.eps,
-    "layer": layers[0] if len(layers) == 1 else layers,
-    "dtype": jnp.dtype(vision.dtype).name,
-    # Rounded, because the last bit of a division differs between accelerators.
-    "pixels": np.round(vision.normalize(black_to_white), 4).tolist(),
-  }
 
 
 def _compute_digest(tower: Params, settings: dict[str, Any]) -> str:

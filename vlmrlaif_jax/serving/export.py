@@ -4,21 +4,20 @@
 """
 
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import (
-  checkpoint_layouts,
   convert,
+  families,
   param_mapping,
   peft_adapters,
-  qwen3_vl_checkpoints,
 )
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import lora
@@ -92,7 +91,7 @@ def write_merged(
   model: ConfigDict,
   dtype: str,
 ) -> None:
-  """Writes a LLaVA or Qwen3-VL of transformers with merged LoRA updates.
+  """Writes a model of transformers with merged LoRA updates.
 
   Args:
     folder: Output folder.
@@ -104,12 +103,12 @@ def write_merged(
   """
   params = lora.merge_lora(variables, model.lora_alpha)["params"]
   params = {name: tree for name, tree in params.items() if name != "head"}
-  if config["model_type"] == qwen3_vl_checkpoints.MODEL_TYPE:
+  if config["model_type"] in families.FAMILIES:
     export_files.copy_files(folder, source, model.template)
   else:
     config = _write_files(folder, source, config, model)
     params, config = convert.add_image_token(params, config)
-  convert.save_llava(folder, params, config, dtype)
+  convert.save_llava(folder, params, config, dtype, train_merger=model.train_merger)
 
 
 def write_adapter(
@@ -120,7 +119,7 @@ def write_adapter(
   model: ConfigDict,
   note: Callable[[str], None],
 ) -> None:
-  """Writes a PEFT adapter of transformers' LLaVA: LoRA and the whole projector.
+  """Writes a PEFT adapter for transformers: LoRA, and the whole projector if trained.
 
   Args:
     folder: Output folder.
@@ -130,23 +129,23 @@ def write_adapter(
     model: Model section of the run's config.
     note: Receives a line if transformers cannot load the adapter's base.
   """
-  if config["model_type"] == qwen3_vl_checkpoints.MODEL_TYPE:
-    raise UserError("a Qwen3-VL is not exported as an adapter. Set --kind=merged.")
-  image = _write_files(folder, source, config, model)["image_token_index"]
-  base = read_json(source / "config.json", default={})
-  if base.get("model_type") != "llava" or config["image_token_index"] != image:
-    note(
-      f"{source} is no LLaVA of transformers with the image token {image}, so only "
-      "launch/chat.py loads the adapter. Export --kind=merged for transformers."
-    )
-  names = lambda name: name.replace("model.layers.", "model.language_model.layers.")
+  if config["model_type"] in families.FAMILIES:
+    export_files.copy_files(folder, source, model.template)
+  else:
+    image = _write_files(folder, source, config, model)["image_token_index"]
+    base = read_json(source / "config.json", default={})
+    if base.get("model_type") != "llava" or config["image_token_index"] != image:
+      note(
+        f"{source} is no LLaVA of transformers with the image token {image}, so only "
+        "launch/chat.py loads the adapter. Export --kind=merged for transformers."
+      )
+  table = convert.make_table(config, train_merger=model.train_merger)
+  layers = _name_in_memory(table["llm/blocks/q/kernel"][0].split("{}")[0])
   factors = peft_adapters.convert_to_peft(jax.device_get(variables["lora"]["llm"]))
-  tensors = {names(name): x for name, x in factors.items()}
-  projector = {"projector": variables["params"]["projector"]}
-  for name, x in param_mapping.convert_to_hf(
-    checkpoint_layouts.PROJECTOR_TABLE, projector
-  ):
-    tensors[f"base_model.model.model.{name}"] = x
+  tensors = {name.replace("model.layers.", layers): x for name, x in factors.items()}
+  projector = {"projector": variables["params"].get("projector", {})}
+  for name, x in param_mapping.convert_to_hf(table, projector):
+    tensors[f"base_model.model.{_name_in_memory(name)}"] = x
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
   matrices = "|".join(peft_adapters.ADAPTED_MODULES)
   settings = {
@@ -159,11 +158,25 @@ def write_adapter(
     "bias": "none",
     "fan_in_fan_out": False,
     "inference_mode": True,
-    # The vision tower has matrices of the same names.
-    "target_modules": rf".*language_model.*\.({matrices})",
-    "modules_to_save": ["multi_modal_projector"],
+    # The vision tower may have matrices of the same names.
+    "target_modules": rf"{re.escape(layers)}\d+\..*\.({matrices})",
+    "modules_to_save": _list_whole_modules(config, model.train_merger),
   }
   write_json(folder / peft_adapters.ADAPTER_CONFIG, settings)
+
+
+def _name_in_memory(name: str) -> str:
+  """Maps the name of a tensor in a table to its name in transformers 5."""
+  name = name.replace("language_model.model.", "model.language_model.")
+  return name.replace("multi_modal_projector.", "model.multi_modal_projector.")
+
+
+def _list_whole_modules(config: HfConfig, train_merger: bool) -> list[str] | None:
+  """Lists the modules that an adapter contains whole; None for none."""
+  if config["model_type"] not in families.FAMILIES:
+    return ["multi_modal_projector"]
+  mergers = families.FAMILIES[config["model_type"]].models.MERGERS
+  return list(mergers.values()) if train_merger else None
 
 
 def _write_files(

@@ -26,14 +26,17 @@ CONFIG = {
   "processor_class": "Qwen2_5_VLProcessor",
 }
 
+MODEL = {"vision_config": {"tokens_per_second": 2}}
+
 
 def test_defaults_are_those_of_published_checkpoints():
-  assert Qwen25VLProcessor.from_config(CONFIG, CONFIG) == (DEFAULT, [])
+  assert Qwen25VLProcessor.from_config(CONFIG, CONFIG, MODEL) == (DEFAULT, [])
 
 
 def test_settings_are_read_from_configs():
   video = {**CONFIG, "max_pixels": 90_000, "cap_pixels_per_frame": True}
-  got, problems = Qwen25VLProcessor.from_config(CONFIG, video, tokens_per_second=4)
+  faster = {"vision_config": {"tokens_per_second": 4}}
+  got, problems = Qwen25VLProcessor.from_config(CONFIG, video, faster)
   want = Qwen25VLProcessor(
     max_pixels=90_000, max_video_tokens=128_000, tokens_per_second=4
   )

@@ -37,14 +37,16 @@ VIDEO_CONFIG = {
 
 
 def test_defaults_are_those_of_published_checkpoints():
-  got = Qwen3VLProcessor.from_config(IMAGE_CONFIG, VIDEO_CONFIG)
+  got = Qwen3VLProcessor.from_config(IMAGE_CONFIG, VIDEO_CONFIG, {})
   assert got == (DEFAULT, [])
 
 
 def test_settings_are_read_from_configs():
   video = {**VIDEO_CONFIG, "fps": 1, "max_frames": 9, "max_pixels": 7000}
   video |= {"cap_pixels_per_frame": True, "max_video_tokens": 64}
-  got, problems = Qwen3VLProcessor.from_config({**IMAGE_CONFIG, "size": None}, video)
+  got, problems = Qwen3VLProcessor.from_config(
+    {**IMAGE_CONFIG, "size": None}, video, {}
+  )
   want = Qwen3VLProcessor(fps=1.0, max_frames=9, max_pixels=7000, max_frame_tokens=64)
   assert (got, problems) == (want, [])
 
@@ -61,7 +63,7 @@ def test_settings_are_read_from_configs():
 )
 def test_keys_that_are_not_supported_are_named(changed, problem):
   video = {**VIDEO_CONFIG, **changed}
-  _, (line,) = Qwen3VLProcessor.from_config(IMAGE_CONFIG, video)
+  _, (line,) = Qwen3VLProcessor.from_config(IMAGE_CONFIG, video, {})
   assert re.match(problem, line)
 
 
@@ -146,7 +148,9 @@ def test_last_frame_fills_the_last_temporal_patch():
 
 def test_images_have_a_mean_and_deviation_of_their_own():
   image = {"image_mean": [0.0, 0.5, 1.0], "image_std": [1.0, 0.5, 0.25]}
-  processor, problems = Qwen3VLProcessor.from_config(image, {"image_mean": [0.5] * 3})
+  processor, problems = Qwen3VLProcessor.from_config(
+    image, {"image_mean": [0.5] * 3}, {}
+  )
   assert problems == []
   white = np.full((1, 32, 32, 3), 255, np.uint8)
   pixels = processor.process(white, Grid(1, 2, 2)).pixels.reshape(4, 3, -1)

@@ -53,19 +53,20 @@ class Qwen25VLProcessor(TemporalPatches):
 
   @classmethod
   def from_config(
-    cls, image: Mapping[str, Any], video: Mapping[str, Any], tokens_per_second: int = 2
+    cls, image: Mapping[str, Any], video: Mapping[str, Any], config: Mapping[str, Any]
   ) -> tuple["Qwen25VLProcessor", list[str]]:
     """Returns the processor of a checkpoint, and what it does not support of it.
 
     Args:
       image: the Hugging Face config of the image processor.
       video: that of the video processor, which may be the same.
-      tokens_per_second: see the field.
+      config: the config.json.
     """
     settings, problems = read_settings(image, video)
     if video.get("cap_pixels_per_frame"):
       settings["max_video_tokens"] = video.get("max_video_tokens", 128_000)
-    return cls(**settings, tokens_per_second=tokens_per_second), problems
+    speed = config["vision_config"]["tokens_per_second"]
+    return cls(**settings, tokens_per_second=speed), problems
 
   def make_reading(self, decoder: str) -> Reading:
     """Returns the settings for reading frames by `sample_frames`, in their own size."""

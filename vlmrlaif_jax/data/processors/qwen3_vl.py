@@ -126,13 +126,14 @@ class Qwen3VLProcessor(TemporalPatches):
 
   @classmethod
   def from_config(
-    cls, image: Mapping[str, Any], video: Mapping[str, Any]
+    cls, image: Mapping[str, Any], video: Mapping[str, Any], config: Mapping[str, Any]
   ) -> tuple["Qwen3VLProcessor", list[str]]:
     """Returns the processor of a checkpoint, and what it does not support of it.
 
     Args:
       image: the Hugging Face config of the image processor.
       video: that of the video processor.
+      config: the config.json, of which nothing is needed.
     """
     settings, problems = read_settings(image, video)
     if video.get("cap_pixels_per_frame"):

@@ -14,7 +14,7 @@ from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Batch, TrainState
 from vlmrlaif_jax.data import pipeline, records, tokenization
 from vlmrlaif_jax.data.records import Example, PreferenceExample
-from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.huggingface import families
 from vlmrlaif_jax.runtime import scoring, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
@@ -54,7 +54,7 @@ def fit_stage(run: Run, log: StageLog, job: TrainingJob) -> TrainState:
   return loop.fit_job(
     job,
     key=jax.random.fold_in(jax.random.key(run.config.seed), stage_number),
-    place=lambda tree: sharding.shard_by_rules(tree, vlm.SHARDING, run.mesh),
+    place=lambda tree: sharding.shard_by_rules(tree, families.SHARDING, run.mesh),
     log=log,
     watch=run.watch,
   )
