@@ -14,11 +14,12 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
+from vlmrlaif_jax.data.processors.smolvlm import SmolVLMProcessor
 from vlmrlaif_jax.huggingface import config_keys, tensor_files
 from vlmrlaif_jax.huggingface.config_keys import HfConfig, read_json_object
 from vlmrlaif_jax.huggingface.param_mapping import NameTable
 from vlmrlaif_jax.huggingface.tensor_files import Tensors
-from vlmrlaif_jax.models import qwen2_5_vl, qwen3_vl, vlm
+from vlmrlaif_jax.models import qwen2_5_vl, qwen3_vl, smolvlm, vlm
 
 
 class ProcessorClass(Protocol):
@@ -51,6 +52,7 @@ class Family(NamedTuple):
 FAMILIES = {
   "qwen3_vl": Family("Qwen3-VL", qwen3_vl, Qwen3VLProcessor),
   "qwen2_5_vl": Family("Qwen2.5-VL", qwen2_5_vl, Qwen25VLProcessor),
+  "smolvlm": Family("SmolVLM2", smolvlm, SmolVLMProcessor),
 }
 
 # Shardings of the parameters of all families over the mesh.

@@ -89,7 +89,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 
 
-class Merger(Layer, kw_only=True):
+class Mergers(Layer, kw_only=True):
   """The linear layer of merged patches, and the projector of a run that trains it."""
 
   out: int  # Width of the features, which is that of the language model.
@@ -102,7 +102,7 @@ class Merger(Layer, kw_only=True):
     return VisualFeatures(self.merger(features))
 
 
-class Model(Merger, kw_only=True):
+class Model(Mergers, kw_only=True):
   """A vision tower that returns features of frames and of images."""
 
   image: int  # Height and width of a frame or a crop, in pixels.
@@ -218,5 +218,5 @@ def make_model(
   )
   projector: nn.Module = Connector(out)
   if train_merger:
-    projector = Merger(out=out, dtype=dtype)
+    projector = Mergers(out=out, dtype=dtype)
   return VLM(tower, projector, llama.Model(**read_fields(llama.CONFIG, text), **types))
