@@ -66,7 +66,8 @@ INTERFACES = {
   *("default_config", "check", "workload", "make", "make_job", "train", "STAGES"),
   *("load", "run", "SOURCE", "BENCHMARKS", "KEYS", "PROMPTS", "SETTINGS"),
   *("Model", "VARIANTS", "CONFIG", "SHARDING", "HF", "HF_VISION"),
-  *("LLM_VARIANTS", "ROPE_SECTIONS"),
+  *("LLM_VARIANTS", "ROPE_SECTIONS", "RENAMES", "MERGERS", "REQUIRED", "Mergers"),
+  *("make_model",),
 }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import CONFIG_MAPPING, CLIPVisionConfig, LlavaConfig
 
 from vlmrlaif_jax.huggingface import (
@@ -119,11 +118,11 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
   config = read_json_object(folder / "config.json")
   model_type = config.get("model_type")
   if model_type in families.FAMILIES:
-    full, key_notes = families.read_config(folder)
-    found = families.open_tensors(folder, model_type)
-    full = families.match_config(folder, full, found)
+    full, key_notes = families.read_family_config(folder)
+    own = families.open_family_tensors(folder, model_type)
+    full = families.match_config(folder, full, own)
     name = f"Hugging Face {families.FAMILIES[model_type].name}"
-    return CheckpointLayout(name, full, found, tuple(key_notes))
+    return CheckpointLayout(name, full, own, tuple(key_notes))
   if "mm_vision_tower" in config:
     tensors, notes = published_names.open_tensors(folder)
     return _open_original(folder, config, tensors, notes, tower)
@@ -137,7 +136,7 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
   raise ValueError(_describe_unsupported(folder, model_type))
 
 
-def read_config(folder: Path) -> HfConfig:
+def read_checkpoint_config(folder: Path) -> HfConfig:
   """Reads the config of a LLaVA or of another family, without its weights.
 
   Raises:
@@ -145,7 +144,7 @@ def read_config(folder: Path) -> HfConfig:
   """
   config = read_json_object(folder / "config.json")
   is_family = config.get("model_type") in families.FAMILIES
-  return (families.read_config if is_family else _read_llava)(folder)[0]
+  return (families.read_family_config if is_family else _read_llava)(folder)[0]
 
 
 def _read_llava(folder: Path) -> tuple[HfConfig, list[str]]:
@@ -322,21 +321,11 @@ def _open_plain(folder: Path, config: HfConfig, tower: str) -> CheckpointLayout:
   )
   name = f"plain {_TEXT_NAMES[config['model_type']]}"
   return CheckpointLayout(
-    name, full, {**tensors, **tower_tensors, **_make_random_projector(full)}, notes
+    name,
+    full,
+    {**tensors, **tower_tensors, **vision_towers.make_random_projector(full)},
+    notes,
   )
-
-
-def _make_random_projector(config: HfConfig) -> dict[str, np.ndarray]:
-  """Samples weights that preserve the variance of activations; biases are 0."""
-  channels = config["vision_config"]["hidden_size"]
-  embed = config["text_config"]["hidden_size"]
-  rng, params = np.random.default_rng(0), {}
-  for layer, inputs in (("linear_1", channels), ("linear_2", embed)):
-    name = f"multi_modal_projector.{layer}"
-    weight = rng.normal(scale=inputs**-0.5, size=(embed, inputs))
-    params[f"{name}.weight"] = weight.astype(np.float32)
-    params[f"{name}.bias"] = np.zeros(embed, np.float32)
-  return params
 
 
 def join_configs(

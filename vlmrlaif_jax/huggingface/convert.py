@@ -69,7 +69,7 @@ def make_model(config: HfConfig, dtype: str, *, train_merger: bool = False) -> V
 def make_table(config: HfConfig, *, train_merger: bool = False) -> NameTable:
   """Returns the sources of a model's parameters in the tensors of its layout."""
   if config["model_type"] in FAMILIES:
-    return families.make_table(config, train_merger=train_merger)
+    return families.make_family_table(config, train_merger=train_merger)
   parts = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
   return checkpoint_layouts.make_llava_table(*parts)
 

@@ -66,7 +66,7 @@ SHARDING = tuple(
 )
 
 
-def make_table(config: HfConfig, *, train_merger: bool) -> NameTable:
+def make_family_table(config: HfConfig, *, train_merger: bool) -> NameTable:
   """Returns the sources of all parameters, as transformers names them."""
   models = FAMILIES[config["model_type"]].models
   if not train_merger:
@@ -82,13 +82,13 @@ def rename_tensor(model_type: str, name: str) -> str:
   return name
 
 
-def open_tensors(folder: Path, model_type: str) -> Tensors:
+def open_family_tensors(folder: Path, model_type: str) -> Tensors:
   """Opens the tensors of a folder, by their names in the family's table."""
-  found = tensor_files.open_folder(folder)
-  return {rename_tensor(model_type, name): x for name, x in found.items()}
+  tensors = tensor_files.open_folder(folder)
+  return {rename_tensor(model_type, name): x for name, x in tensors.items()}
 
 
-def read_config(folder: Path) -> tuple[HfConfig, list[str]]:
+def read_family_config(folder: Path) -> tuple[HfConfig, list[str]]:
   """Reads the config of a family, for which no weights are required.
 
   Returns:
@@ -160,8 +160,10 @@ def read_processor(folder: Path, config: HfConfig) -> Processor:
     ("video_processor", "video_preprocessor_config.json"),
   ):
     path = folder / name
-    found = inner.get(kind) or (read_json_object(path) if path.exists() else {})
-    configs.append(found or (configs[0] if configs else {}))
+    config_of_kind = inner.get(kind)
+    if not config_of_kind and path.exists():
+      config_of_kind = read_json_object(path)
+    configs.append(config_of_kind or (configs[0] if configs else {}))
   family = FAMILIES[config["model_type"]]
   processor, problems = family.processor.from_config(configs[0], configs[1], config)
   if problems:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
 from vlmrlaif_jax.huggingface import config_keys, published_names
@@ -66,3 +67,16 @@ def open_tower(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     published_names.NOT_TOWER, folder, tensors
   )
   return {f"vision_tower.{rename(n)}": x for n, x in tensors.items()}, (*notes, *more)
+
+
+def make_random_projector(config: HfConfig) -> dict[str, np.ndarray]:
+  """Samples weights that preserve the variance of activations; biases are 0."""
+  channels = config["vision_config"]["hidden_size"]
+  embed = config["text_config"]["hidden_size"]
+  rng, params = np.random.default_rng(0), {}
+  for layer, inputs in (("linear_1", channels), ("linear_2", embed)):
+    name = f"multi_modal_projector.{layer}"
+    weight = rng.normal(scale=inputs**-0.5, size=(embed, inputs))
+    params[f"{name}.weight"] = weight.astype(np.float32)
+    params[f"{name}.bias"] = np.zeros(embed, np.float32)
+  return params

@@ -286,16 +286,15 @@ class VisionTower(Tower, kw_only=True):
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""
-    black_to_white = jnp.array([[[0] * 3, [255] * 3]], jnp.uint8)
-    layers = self.selected_layers
-    names = ("image", "patch", "heads", "activation", "eps")
+    pixels = self.normalize(jnp.array([[[0] * 3, [255] * 3]], jnp.uint8))
     return {
       "kind": type(self).__module__,  # The family, such as CLIP or SigLIP.
-      **{name: self.__dict__[name] for name in names},
-      "layer": layers[0] if len(layers) == 1 else layers,
+      **dict(image=self.image, patch=self.patch, heads=self.heads),
+      **dict(activation=self.activation, eps=self.eps),
+      "layer": self.selected_layers,
       "dtype": jnp.dtype(self.dtype).name,
       # Rounded, because the last bit of a division differs between accelerators.
-      "pixels": np.round(self.normalize(black_to_white), 4).tolist(),
+      "pixels": np.round(pixels, 4).tolist(),
     }
 
   def example_inputs(self) -> tuple[Any, ...]:

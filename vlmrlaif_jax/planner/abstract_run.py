@@ -108,7 +108,7 @@ def _find_config(path: str, tower: str, size: str) -> convert.HfConfig:
       f"--config.model.reward_model_size) to one of {sizes}; got {size!r}"
     ) from error
   if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-    return checkpoint_layouts.read_config(folder)
+    return checkpoint_layouts.read_checkpoint_config(folder)
   return checkpoint_layouts.find_layout(folder, tower=tower).config
 
 
