@@ -5,7 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -25,25 +24,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
 
 
-def write_clip(path, count, rate, height, width):
-  rng = np.random.default_rng(count)
-  with av.open(str(path), "w") as container:
-    stream = container.add_stream("mpeg4", rate=rate)
-    stream.width, stream.height = width, height
-    for _ in range(count):
-      pixels = rng.integers(0, 256, (6, 6, 3), np.uint8).repeat(20, 0).repeat(20, 1)
-      frame = av.VideoFrame.from_ndarray(pixels[:height, :width], format="rgb24")
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode())
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   """(transformers' model, folder of the checkpoint and of the clips)."""
   folder = tmp_path_factory.mktemp("qwen")
   hf = qwen.write_checkpoint(folder)
   for name, clip in CLIPS.items():
-    write_clip(folder / f"{name}.mp4", *clip)
+    chats.write_squares(folder / f"{name}.mp4", *clip)
   return hf, folder
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from vlmrlaif_jax.data import worker_pool
 from vlmrlaif_jax.data.decoding import containers, pictures, with_decord
 from vlmrlaif_jax.data.decoding.files import (
+  Choose,
   Each,
   Frame,
   check_regular_file,
@@ -56,6 +57,7 @@ class Frames(NamedTuple):
 
   pixels: UInt8[np.ndarray, "frames height width 3"]
   seconds: Float[np.ndarray, " frames"]  # Times after the video's first frame.
+  duration: float  # Seconds of the video, or of the part that is read; 0 for an image.
 
 
 class Reading(NamedTuple):
@@ -117,13 +119,13 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
       its frames differ in size.
   """
   try:
-    frames, seconds = _read(path, reading)
+    frames, seconds, duration = _read(path, reading)
   except Exception as error:  # Decoders raise errors of any type on broken input.
     raise VideoError(path, _format_reason(error)) from error
   sizes = sorted({frame.shape[:2] for frame in frames})
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
-  return Frames(np.stack(frames), np.array(seconds))
+  return Frames(np.stack(frames), np.array(seconds), duration)
 
 
 def read_videos(
@@ -238,35 +240,39 @@ def _format_reason(error: Exception) -> str:
   return reason or type(error).__name__
 
 
-def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float]]:
-  """Returns frames and their times in seconds, by the kind of the video."""
+def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float], float]:
+  """Returns frames, their times and the duration in seconds."""
   part = TimeRange("", 0.0, math.inf)
   if isinstance(path, str | os.PathLike):
     part = split_time_range(os.fspath(path))
   each = functools.partial(_fit, reading)
-  choose = functools.partial(_choose, reading.sampling, part)
+  ends = []  # Of the video, by each timeline that a decoder finds; the last one is true.
+
+  def choose(timeline: Timeline) -> list[int]:
+    ends.append(timeline.duration)
+    return choose_frames(timeline, reading.sampling, part.start, part.end).tolist()
+
   files = list_files(path)
   is_file = part.path and not os.path.isdir(part.path)
   if is_file and not pictures.is_picture(files[0]):
-    return DECODERS[reading.decoder](files[0], choose, each)
-  if is_file:
-    return pictures.read_animation(files[0], choose, each)
-  return _read_images(files, part, reading.sampling, each)
-
-
-def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> list[int]:
-  return choose_frames(timeline, sampling, part.start, part.end).tolist()
+    frames, seconds = DECODERS[reading.decoder](files[0], choose, each)
+  elif is_file:
+    frames, seconds = pictures.read_animation(files[0], choose, each)
+  else:
+    frames, seconds = _read_images(files, part, reading.sampling, choose, each)
+  return frames, seconds, max(0.0, min(part.end, ends[-1]) - part.start)
 
 
 def _read_images(
-  files: list[str], part: TimeRange, sampling: Sampling, each: Each
+  files: list[str], part: TimeRange, sampling: Sampling, choose: Choose, each: Each
 ) -> tuple[list[Frame], list[float]]:
   """Reads frame images, which have no times: they count as evenly spaced."""
   if (part.start, part.end) != (0.0, math.inf):
     raise ValueError("frame images have no times: remove start and end of the record")
   step = 1.0 if isinstance(sampling, ByCount) else 1 / sampling.fps
-  timeline = Timeline(np.arange(len(files)) * step, len(files) * step)
-  numbers = _choose(sampling, part, timeline)
+  duration = len(files) * step if len(files) > 1 else 0.0
+  timeline = Timeline(np.arange(len(files)) * step, duration)
+  numbers = choose(timeline)
   selected = pictures.read_images(files, numbers, each)
   return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
 

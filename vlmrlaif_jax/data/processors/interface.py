@@ -128,16 +128,18 @@ def process_frames(
 ) -> tuple[ProcessedVideo, Visual]:
   """Returns the pixels of a video or an image, and its layout.
 
-  A single frame is an image, which has no times.
+  An image has no times. A video may have a single frame.
 
   Raises:
     ValueError: The frames have a size that the family does not support.
   """
   count, height, width, _ = frames.pixels.shape
-  grid = processor.choose_grid(height, width, count if count > 1 else None)
+  is_image = count == 1 and not frames.duration
+  grid = processor.choose_grid(height, width, None if is_image else count)
   # Without errors of sums, which would change the decimals that a text has.
-  seconds = frames.seconds.round(6).tolist() if count > 1 else []
-  layout = processor.layout or Visual(grid, tuple(seconds))
+  seconds = [] if is_image else frames.seconds.round(6).tolist()
+  rate = count / frames.duration if frames.duration else 0.0
+  layout = processor.layout or Visual(grid, tuple(seconds), rate)
   return processor.process(frames.pixels, grid), layout
 
 

@@ -1,0 +1,51 @@
+"""A tiny SmolVLM2 runs the stages that train, and is exported for transformers."""
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from tests.end_to_end.test_qwen3_vl import STAGES, settings
+from tests.helpers import small, smolvlm
+from vlmrlaif_jax.huggingface import convert
+from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf
+from vlmrlaif_jax.models.smolvlm import HF
+from vlmrlaif_jax.models.vlm import get_param_shapes
+from vlmrlaif_jax.recipes import runner
+from vlmrlaif_jax.serving import export
+
+
+@pytest.fixture(scope="module")
+def root(tiny_world, tmp_path_factory):
+  root = tmp_path_factory.mktemp("smolvlm")
+  (root / "model").mkdir()
+  smolvlm.write_checkpoint(root / "model")
+  given = settings(root / "model", tiny_world)
+  config = small.config(given, STAGES, data__prompt_len=256)
+  runner.run_recipe(config, str(root / "run"))
+  return root
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_trains(root, stage):
+  (first, *_) = small.metrics(root / "run" / stage)
+  assert first["step"] == 1 and all(np.isfinite(list(first.values())))
+  if stage in ("ppo", "grpo"):  # Sampling and training have the same probabilities.
+    assert abs(first["kl"]) < 1e-5
+
+
+def test_an_export_is_read_by_transformers(root):
+  export.export_stage(str(root / "run"), "ppo", str(root / "out"))
+  hf = transformers.SmolVLMForConditionalGeneration.from_pretrained(root / "out")
+  model, got, _ = convert.load_llava(root / "out", dtype="float32")
+  tensors = {name: x.numpy() for name, x in hf.state_dict().items()}
+  want = convert_from_hf(HF, tensors, get_param_shapes(model))
+  jax.tree.map(np.testing.assert_array_equal, got["params"], want)
+  _, base, _ = convert.load_llava(root / "model", dtype="float32")
+  change = lambda part: jax.tree.map(
+    lambda a, b: np.abs(a - b).max(), got["params"][part], base["params"][part]
+  )
+  assert max(jax.tree.leaves(change("vision"))) == 0 < max(
+    jax.tree.leaves(change("llm"))
+  )
+  assert (root / "out" / "preprocessor_config.json").exists()
