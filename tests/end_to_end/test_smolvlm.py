@@ -45,7 +45,7 @@ def test_an_export_is_read_by_transformers(root):
   change = lambda part: jax.tree.map(
     lambda a, b: np.abs(a - b).max(), got["params"][part], base["params"][part]
   )
-  assert max(jax.tree.leaves(change("vision"))) == 0 < max(
-    jax.tree.leaves(change("llm"))
+  assert (
+    max(jax.tree.leaves(change("vision"))) == 0 < max(jax.tree.leaves(change("llm")))
   )
   assert (root / "out" / "preprocessor_config.json").exists()

@@ -246,7 +246,7 @@ def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float], 
   if isinstance(path, str | os.PathLike):
     part = split_time_range(os.fspath(path))
   each = functools.partial(_fit, reading)
-  ends = []  # Of the video, by each timeline that a decoder finds; the last one is true.
+  ends = []  # By each timeline that a decoder finds, of which the last one is true.
 
   def choose(timeline: Timeline) -> list[int]:
     ends.append(timeline.duration)
