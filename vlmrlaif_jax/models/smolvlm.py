@@ -77,8 +77,9 @@ HF = {
 # Patterns of names in published checkpoints -> names as in HF.
 RENAMES: tuple[tuple[str, str], ...] = ()
 
-# Modules of the tower that model.train_merger makes a part of the projector.
-MERGERS = ("merger",)
+# Modules of the tower that model.train_merger makes a part of the projector, and their
+# names in transformers.
+MERGERS = {"merger": "modality_projection"}
 
 # Values that a config must have, by its part.
 REQUIRED: dict[str, dict[str, Any]] = {
