@@ -5,6 +5,7 @@ SFT trains its merger, too.
 
 import jax
 import numpy as np
+import peft
 import pytest
 import transformers
 from flax.traverse_util import flatten_dict
@@ -53,3 +54,15 @@ def test_an_export_is_read_by_transformers(root):
   assert {path for path in changed if path.startswith("vision")} == {MERGER}
   assert "llm/blocks/q/kernel" in changed
   assert (root / "out" / "preprocessor_config.json").exists()
+
+
+def test_an_adapter_on_its_base_is_the_export(root):
+  export.export_stage(str(root / "run"), "ppo", str(root / "adapter"), kind="adapter")
+  export.export_stage(str(root / "run"), "ppo", str(root / "merged"))
+  kind = transformers.SmolVLMForConditionalGeneration
+  base = kind.from_pretrained(root / "model")
+  merged = peft.PeftModel.from_pretrained(base, root / "adapter").merge_and_unload()
+  got, want = merged.state_dict(), kind.from_pretrained(root / "merged").state_dict()
+  assert got.keys() == want.keys()
+  for name, x in want.items():
+    np.testing.assert_allclose(got[name], x, atol=1e-6, err_msg=name)

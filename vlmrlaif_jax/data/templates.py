@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Around a special token of the template.
 VIDEO_MARK = "\ufdd2"  # Position of a run of video features.
 _HIDE, _SHOW = "\ufdd3", "\ufdd4"  # Around the index of a special token in user text.
+_IMAGE_PART = "<image>"  # What chat templates write for an image.
 _NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers mark byte tokens as special.
 
@@ -266,11 +267,12 @@ def _apply_chat_template(tokenizer, turns, system=None) -> str:
       "add chat_template.jinja to the tokenizer's folder"
     )
   has_parts = _reads_parts(tokenizer)
-  return tokenizer.apply_chat_template(
+  rendered = tokenizer.apply_chat_template(
     [_make_message(role, text, has_parts) for role, text in messages],
     tokenize=False,
     add_generation_prompt=messages[-1][0] == "user",
   )
+  return rendered.replace(_IMAGE_PART + OPEN, OPEN) if has_parts else rendered
 
 
 @functools.lru_cache
@@ -281,5 +283,12 @@ def _reads_parts(tokenizer) -> bool:
 
 
 def _make_message(role: str, text: str, has_parts: bool) -> dict[str, Any]:
-  content = [{"type": "text", "text": text}] if has_parts else text
-  return {"role": role, "content": content}
+  """Returns a message of a chat template.
+
+  A text that begins with a special token is that of an image. Templates with parts may
+  write no space before an image, so that it has a part of its own.
+  """
+  if not has_parts:
+    return {"role": role, "content": text}
+  image = [{"type": "image"}] if text.startswith(OPEN) else []
+  return {"role": role, "content": [*image, {"type": "text", "text": text}]}
