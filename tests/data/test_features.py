@@ -271,7 +271,7 @@ def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatc
       if number == 3:
         fourth.set()
       pixels = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8)
-      yield features.video.Frames(pixels, np.zeros(COUNT), 1.0)
+      yield features.video.Frames(pixels, np.zeros(COUNT))
 
   def encode(videos):
     assert fourth.wait(10), "nothing was decoded meanwhile"

@@ -57,7 +57,9 @@ class Frames(NamedTuple):
 
   pixels: UInt8[np.ndarray, "frames height width 3"]
   seconds: Float[np.ndarray, " frames"]  # Times after the video's first frame.
-  duration: float  # Seconds of the video, or of the part that is read; 0 for an image.
+  # Their number / the seconds of the video, or of the part that is read; 0 for an
+  # image.
+  rate: float = 0.0
 
 
 class Reading(NamedTuple):
@@ -119,13 +121,13 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
       its frames differ in size.
   """
   try:
-    frames, seconds, duration = _read(path, reading)
+    frames, seconds, rate = _read(path, reading)
   except Exception as error:  # Decoders raise errors of any type on broken input.
     raise VideoError(path, _format_reason(error)) from error
   sizes = sorted({frame.shape[:2] for frame in frames})
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
-  return Frames(np.stack(frames), np.array(seconds), duration)
+  return Frames(np.stack(frames), np.array(seconds), rate)
 
 
 def read_videos(
@@ -241,7 +243,7 @@ def _format_reason(error: Exception) -> str:
 
 
 def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float], float]:
-  """Returns frames, their times and the duration in seconds."""
+  """Returns frames, their times in seconds and their rate."""
   part = TimeRange("", 0.0, math.inf)
   if isinstance(path, str | os.PathLike):
     part = split_time_range(os.fspath(path))
@@ -260,7 +262,8 @@ def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float], 
     frames, seconds = pictures.read_animation(files[0], choose, each)
   else:
     frames, seconds = _read_images(files, part, reading.sampling, choose, each)
-  return frames, seconds, max(0.0, min(part.end, ends[-1]) - part.start)
+  duration = max(0.0, min(part.end, ends[-1]) - part.start)
+  return frames, seconds, len(frames) / duration if duration else 0.0
 
 
 def _read_images(

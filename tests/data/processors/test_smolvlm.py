@@ -19,8 +19,10 @@ from vlmrlaif_jax.data.processors.interface import (
   count_features,
   lay_out,
   make_positions,
+  process_frames,
 )
 from vlmrlaif_jax.data.processors.smolvlm import SmolVLMProcessor, spell_number
+from vlmrlaif_jax.data.video import Frames
 from vlmrlaif_jax.models import clip
 
 DEFAULT = SmolVLMProcessor()
@@ -158,6 +160,14 @@ def test_positions_count_all_tokens():
   has_feature = np.tile([False, True, True, True, True], 5)
   got = make_positions(has_feature, blocks, axes=TINY.axes)
   np.testing.assert_array_equal(got[:, 0], np.arange(25))
+
+
+def test_one_frame_of_a_video_is_no_image():
+  pixels, seconds = make_frames(1, 60, 90), np.zeros(1)
+  _, layout = process_frames(TINY, Frames(pixels, seconds, rate=0.8))
+  assert layout == Visual(Grid(1, 4, 4), (0.0,), rate=0.8)
+  _, layout = process_frames(TINY, Frames(pixels, seconds))
+  assert layout == Visual(TINY.choose_grid(60, 90, None))
 
 
 # transformers' processors.

@@ -134,12 +134,11 @@ def process_frames(
     ValueError: The frames have a size that the family does not support.
   """
   count, height, width, _ = frames.pixels.shape
-  is_image = count == 1 and not frames.duration
+  is_image = count == 1 and not frames.rate
   grid = processor.choose_grid(height, width, None if is_image else count)
   # Without errors of sums, which would change the decimals that a text has.
   seconds = [] if is_image else frames.seconds.round(6).tolist()
-  rate = count / frames.duration if frames.duration else 0.0
-  layout = processor.layout or Visual(grid, tuple(seconds), rate)
+  layout = processor.layout or Visual(grid, tuple(seconds), frames.rate)
   return processor.process(frames.pixels, grid), layout
 
 
