@@ -306,6 +306,12 @@ def saved(words, folder, **tokens):
   return folder
 
 
+def test_chat_template_of_transformers_4_is_read(words, tmp_path):
+  folder = saved(words, tmp_path, unk_token="<unk>")
+  (folder / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
+  assert tokenization.load_tokenizer(folder).chat_template == "{{ messages }}"
+
+
 def test_unk_is_pad_where_no_pad_is_named(words, tmp_path):
   loaded = tokenization.load_tokenizer(saved(words, tmp_path, unk_token="<unk>"))
   assert (loaded.pad_token, loaded.pad_token_id) == ("<unk>", 0)

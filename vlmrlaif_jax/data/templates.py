@@ -22,6 +22,7 @@ _HIDE, _SHOW = "\ufdd3", "\ufdd4"  # Around the index of a special token in user
 MEDIA_MARK = "\ufdd5"  # Place of a video or an image in a question.
 # Parts of a message that are a video or an image; see formats.messages.
 PART_MARKS = {"video": "\ufdd6", "image": "\ufdd7"}
+_IMAGE_PART = "<image>"  # What chat templates write for an image.
 _NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd7]")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers mark byte tokens as special.
 
@@ -310,9 +311,11 @@ def _apply_chat_template(tokenizer, turns, system=None) -> str:
     tokenize=False,
     add_generation_prompt=messages[-1][0] == "user",
   )
-  if has_parts and any(text.startswith(_LLAVA_VIDEO) for _, text in messages):
+  if not has_parts:
+    return rendered
+  if any(text.startswith(_LLAVA_VIDEO) for _, text in messages):
     rendered = rendered.replace(_find_video_token(tokenizer), VIDEO_MARK)
-  return rendered
+  return rendered.replace(_IMAGE_PART + OPEN, OPEN)
 
 
 @functools.lru_cache
@@ -323,14 +326,19 @@ def _reads_parts(tokenizer) -> bool:
 
 
 def _make_message(role: str, text: str, has_parts: bool) -> dict[str, Any]:
-  """Returns a message; a template of parts writes the line break after a video."""
+  """Returns a message of a chat template.
+
+  A template of parts writes the line break after a video of LLaVA. A text that begins
+  with a special token is that of an image. Such templates may write no space before an
+  image, so that it has a part of its own.
+  """
   if not has_parts:
     return {"role": role, "content": text}
-  rest = text.removeprefix(_LLAVA_VIDEO)
-  parts = [{"type": "text", "text": rest}]
-  if rest != text:
-    parts.insert(0, {"type": "video"})
-  return {"role": role, "content": parts}
+  if text.startswith(_LLAVA_VIDEO):
+    rest = {"type": "text", "text": text.removeprefix(_LLAVA_VIDEO)}
+    return {"role": role, "content": [{"type": "video"}, rest]}
+  image = [{"type": "image"}] if text.startswith(OPEN) else []
+  return {"role": role, "content": [*image, {"type": "text", "text": text}]}
 
 
 @functools.lru_cache

@@ -50,9 +50,9 @@ class TokenRows(NamedTuple):
 def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
   """Loads the tokenizer of a Hugging Face folder.
 
-  If the folder defines no pad token, the unk token is used, as in LLaVA, or the EOS
-  token, as in Llama 3. Padding is identified by masks, so such a token in a text has no
-  side effect.
+  A chat template may be in chat_template.json, which transformers 4 wrote. If no pad
+  token is defined, the unk token is used, as in LLaVA, or the EOS token, as in Llama 3.
+  Padding is identified by masks, so such a token in a text has no side effect.
 
   Raises:
     FileNotFoundError: The folder does not exist.
@@ -67,6 +67,9 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
       f"the {type(tokenizer).__name__} of {path} does not return offsets of tokens, "
       "which masks require: use a folder with a tokenizer.json"
     )
+  legacy = pathlib.Path(path) / "chat_template.json"
+  if tokenizer.chat_template is None and legacy.is_file():
+    tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
   if tokenizer.pad_token is None:
     pad = tokenizer.unk_token or tokenizer.eos_token
     if pad is None:

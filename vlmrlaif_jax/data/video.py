@@ -22,6 +22,7 @@ from PIL import Image
 from vlmrlaif_jax.data import worker_pool
 from vlmrlaif_jax.data.decoding import containers, pictures, with_decord
 from vlmrlaif_jax.data.decoding.files import (
+  Choose,
   Each,
   Frame,
   MakeEach,
@@ -70,6 +71,9 @@ class Frames(NamedTuple):
 
   pixels: UInt8[np.ndarray, "frames height width 3"]
   seconds: Float[np.ndarray, " frames"]  # Times after the video's first frame.
+  # Their number / the seconds of the video, or of the part that is read; 0 for an
+  # image.
+  rate: float
   size: tuple[int, int]  # Height and width of the first frame before it was resized.
 
 
@@ -153,7 +157,7 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
       its frames differ in size.
   """
   try:
-    frames, seconds = _read(path, reading)
+    frames, seconds, rate = _read(path, reading)
   except Exception as error:  # Decoders raise errors of any type on broken input.
     raise VideoError(path, _format_reason(error)) from error
   as_read = lambda x: x.size if reading.resizing else x.pixels.shape[:2]
@@ -161,7 +165,7 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
   pixels = np.stack([frame.pixels for frame in frames])
-  return Frames(pixels, np.array(seconds), frames[0].size)
+  return Frames(pixels, np.array(seconds), 0.0, frames[0].size)
 
 
 def read_videos(
@@ -303,7 +307,8 @@ def _read_images(
   if (part.start, part.end) != (0.0, math.inf):
     raise ValueError("frame images have no times: remove start and end of the record")
   step = 1.0 if isinstance(sampling, ByCount) else 1 / sampling.fps
-  timeline = Timeline(np.arange(len(files)) * step, len(files) * step)
+  duration = len(files) * step if len(files) > 1 else 0.0
+  timeline = Timeline(np.arange(len(files)) * step, duration)
   numbers = _choose(sampling, part, timeline)
   selected = pictures.read_images(files, numbers, make_each(len(numbers)))
   return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]

@@ -15,12 +15,20 @@ from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.processors.llava_onevision import LlavaOnevisionProcessor
 from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
+from vlmrlaif_jax.data.processors.smolvlm import SmolVLMProcessor
 from vlmrlaif_jax.huggingface import config_keys, tensor_files, vision_towers
 from vlmrlaif_jax.huggingface.checkpoint_folders import find_folder
 from vlmrlaif_jax.huggingface.config_keys import HfConfig, read_json_object
 from vlmrlaif_jax.huggingface.param_mapping import NameTable
 from vlmrlaif_jax.huggingface.tensor_files import Tensors
-from vlmrlaif_jax.models import llava_onevision, qwen2_5_vl, qwen3_vl, siglip, vlm
+from vlmrlaif_jax.models import (
+  llava_onevision,
+  qwen2_5_vl,
+  qwen3_vl,
+  siglip,
+  smolvlm,
+  vlm,
+)
 from vlmrlaif_jax.models.layers import write_fields
 
 
@@ -57,6 +65,7 @@ FAMILIES = {
   "llava_onevision": Family(
     "LLaVA-OneVision", llava_onevision, LlavaOnevisionProcessor
   ),
+  "smolvlm": Family("SmolVLM2", smolvlm, SmolVLMProcessor),
 }
 
 # Shardings of the parameters of all families over the mesh.

@@ -179,17 +179,18 @@ def process_frames(
 ) -> tuple[ProcessedVideo, Visual]:
   """Returns the pixels of a video or an image, and its layout.
 
-  A single frame is an image, which has no times.
+  An image has no times. A video may have a single frame.
 
   Raises:
     ValueError: The frames have a size that the family does not support.
   """
   count = len(frames.pixels)
-  grid = processor.choose_grid(*frames.size, count if count > 1 else None)
+  is_image = count == 1 and not frames.rate
+  grid = processor.choose_grid(*frames.size, None if is_image else count)
   # Without errors of sums, which would change the decimals that a text has.
-  seconds = frames.seconds.round(6).tolist() if count > 1 else []
-  size = () if count > 1 else frames.size
-  layout = processor.layout or Visual(grid, tuple(seconds), size=size)
+  seconds = () if is_image else tuple(frames.seconds.round(6).tolist())
+  size = frames.size if is_image else ()
+  layout = processor.layout or Visual(grid, seconds, frames.rate, size)
   return processor.process(frames.pixels, grid), layout
 
 
