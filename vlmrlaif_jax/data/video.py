@@ -30,8 +30,9 @@ from vlmrlaif_jax.data.decoding.files import (
 from vlmrlaif_jax.data.decoding.sampling import (
   ByCount,
   Sampling,
+  Selection,
   Timeline,
-  choose_frames,
+  select_frames,
 )
 from vlmrlaif_jax.data.decoding.sampling import ByFps as ByFps
 from vlmrlaif_jax.data.decoding.sampling import (
@@ -56,6 +57,9 @@ class Frames(NamedTuple):
 
   pixels: UInt8[np.ndarray, "frames height width 3"]
   seconds: Float[np.ndarray, " frames"]  # Times after the video's first frame.
+  # Their number / the seconds of the video, or of the part that is read; 0 for a
+  # picture.
+  rate: float = 0.0
 
 
 class Reading(NamedTuple):
@@ -117,13 +121,13 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
       its frames differ in size.
   """
   try:
-    frames, seconds = _read(path, reading)
+    frames, chosen = _read(path, reading)
   except Exception as error:  # Decoders raise errors of any type on broken input.
     raise VideoError(path, _format_reason(error)) from error
   sizes = sorted({frame.shape[:2] for frame in frames})
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
-  return Frames(np.stack(frames), np.array(seconds))
+  return Frames(np.stack(frames), np.array(chosen.seconds), chosen.rate)
 
 
 def read_videos(
@@ -238,8 +242,8 @@ def _format_reason(error: Exception) -> str:
   return reason or type(error).__name__
 
 
-def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float]]:
-  """Returns frames and their times in seconds, by the kind of the video."""
+def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], Selection]:
+  """Returns the frames that a reading selects, by the kind of the video."""
   part = TimeRange("", 0.0, math.inf)
   if isinstance(path, str | os.PathLike):
     part = split_time_range(os.fspath(path))
@@ -254,21 +258,21 @@ def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float]]:
   return _read_images(files, part, reading.sampling, each)
 
 
-def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> list[int]:
-  return choose_frames(timeline, sampling, part.start, part.end).tolist()
+def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> Selection:
+  return select_frames(timeline, sampling, part.start, part.end)
 
 
 def _read_images(
   files: list[str], part: TimeRange, sampling: Sampling, each: Each
-) -> tuple[list[Frame], list[float]]:
+) -> tuple[list[Frame], Selection]:
   """Reads frame images, which have no times: they count as evenly spaced."""
   if (part.start, part.end) != (0.0, math.inf):
     raise ValueError("frame images have no times: remove start and end of the record")
   step = 1.0 if isinstance(sampling, ByCount) else 1 / sampling.fps
   timeline = Timeline(np.arange(len(files)) * step, len(files) * step)
-  numbers = _choose(sampling, part, timeline)
-  selected = pictures.read_images(files, numbers, each)
-  return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
+  chosen = _choose(sampling, part, timeline)
+  selected = pictures.read_images(files, chosen.numbers, each)
+  return [selected[n] for n in chosen.numbers], chosen
 
 
 def _fit(reading: Reading, frame: Frame) -> UInt8[np.ndarray, "new_height new_width 3"]:

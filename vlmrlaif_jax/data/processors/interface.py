@@ -46,7 +46,8 @@ class Visual(NamedTuple):
 
   grid: Grid
   seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
-  rate: float = 0.0  # Frames per second: their number / the seconds of the video.
+  # Frames per second: their number / the seconds of the video; 0 for an image.
+  rate: float = 0.0
 
   def select(self, start: int, stop: int | None) -> "Visual":
     """Returns a range of temporal patches, which are frames in some families."""
@@ -137,7 +138,8 @@ def process_frames(
   grid = processor.choose_grid(height, width, count if count > 1 else None)
   # Without errors of sums, which would change the decimals that a text has.
   seconds = frames.seconds.round(6).tolist() if count > 1 else []
-  layout = processor.layout or Visual(grid, tuple(seconds))
+  rate = frames.rate if count > 1 else 0.0
+  layout = processor.layout or Visual(grid, tuple(seconds), rate)
   return processor.process(frames.pixels, grid), layout
 
 
