@@ -20,7 +20,12 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
-from vlmrlaif_jax.huggingface import checkpoint_layouts, config_keys, families
+from vlmrlaif_jax.huggingface import (
+  checkpoint_folders,
+  checkpoint_layouts,
+  config_keys,
+  families,
+)
 from vlmrlaif_jax.huggingface import tensor_files as files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import (
   DECODER_FAMILIES,
@@ -86,7 +91,8 @@ def load_processor(
     frames: Frames per video, for a family with a fixed number.
   """
   if config["model_type"] in FAMILIES:
-    return families.read_processor(folder, config)
+    place = checkpoint_folders.find_processor_folder(folder)
+    return families.read_processor(place, config)
   tower = model.vision
   return LlavaProcessor(frames, tower.image, tower.patch, tower.padding_color)
 

@@ -5,7 +5,7 @@
 
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from ml_collections import ConfigDict
@@ -160,7 +160,7 @@ def write_adapter(
     "inference_mode": True,
     # The vision tower may have matrices of the same names.
     "target_modules": rf"{re.escape(layers)}\d+\..*\.({matrices})",
-    "modules_to_save": _list_whole_modules(config, model.train_merger),
+    "modules_to_save": _list_whole_modules(config, tensors),
   }
   write_json(folder / peft_adapters.ADAPTER_CONFIG, settings)
 
@@ -171,12 +171,16 @@ def _name_in_memory(name: str) -> str:
   return name.replace("multi_modal_projector.", "model.multi_modal_projector.")
 
 
-def _list_whole_modules(config: HfConfig, train_merger: bool) -> list[str] | None:
-  """Lists the modules that an adapter contains whole; None for none."""
+def _list_whole_modules(config: HfConfig, names: Iterable[str]) -> list[str] | None:
+  """Lists the modules that an adapter contains whole; None for none.
+
+  PEFT does not wrap lists of modules, so each module of a list counts by itself.
+  """
   if config["model_type"] not in families.FAMILIES:
     return ["multi_modal_projector"]
   mergers = families.FAMILIES[config["model_type"]].models.MERGERS
-  return list(mergers.values()) if train_merger else None
+  whole = re.compile(rf"\.((?:{'|'.join(mergers.values())})(?:\.\d+)?)\.")
+  return sorted({match[1] for name in names if (match := whole.search(name))}) or None
 
 
 def _write_files(
