@@ -323,6 +323,8 @@ def test_layout_of_a_video_is_saved_next_to_its_features(clips, tmp_path):
   layout = store.get_layout(clips[0])
   assert layout.grid == Grid(len(layout.seconds) // 2, 2, 2)
   assert np.ptp(np.diff(layout.seconds)) < 0.2 and layout.seconds[0] == 0
+  duration = scene.SCENE_FRAMES / scene.FPS
+  assert layout.rate == pytest.approx(len(layout.seconds) / duration)
   encode = Encoder()
   again = build(clips[:1], tmp_path, encode, processor=OWN)
   assert again.layouts == store.layouts and encode.batches == []

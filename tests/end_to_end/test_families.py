@@ -1,23 +1,54 @@
-"""Tiny models of other families run the stages that train, and are exported."""
+"""Tiny models of families other than LLaVA run the stages that train, and are exported.
 
-import pathlib
-from types import ModuleType
+Log-probabilities, exports and adapters are compared with transformers and PEFT.
+"""
+
+import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import peft
 import pytest
+import torch
 import transformers
 
-from tests.helpers import onevision, qwen, small
-from vlmrlaif_jax.core.errors import UserError
+from tests.helpers import qwen, qwen2_5, small
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.serving import export
 
+QUIET = lambda line: None
 STAGES = ("sft_short", "sft_long", "rm", "ppo", "dpo", "grpo")
+
+
+class Case(NamedTuple):
+  """A family and what differs in its run."""
+
+  write: functools.partial  # Writes a checkpoint into a folder.
+  stages: tuple[str, ...] = STAGES
+  settings: dict = {}
+
+
+SCORES = {"grpo.oracle.kind": "reward", "grpo.advantage": "grpo_scalar"}
+MERGER = {"model.train_merger": True}
+CASES = {
+  "qwen3_vl": Case(qwen.write_checkpoint),  # Ranks in GRPO; see grpo_rank.py.
+  "qwen2_5_vl": Case(qwen2_5.write_checkpoint, settings=SCORES),
+  "qwen3_vl merger": Case(qwen.write_checkpoint, STAGES[:4], MERGER),
+}
+
+
+class Trained(NamedTuple):
+  """A run that is done, and its policy."""
+
+  root: object  # Folder with "model" and "run".
+  case: Case
+  run: object  # Run without data.
+  variables: dict  # Of the policy after PPO.
 
 
 def settings(checkpoint, world):
@@ -25,7 +56,7 @@ def settings(checkpoint, world):
     "model.template": "chat_template", "data.prompt_len": 128,
     "data.response_len": 192, "sft.pack_len": 512, "ppo.batch_size": 8,
     "dpo.batch_size": 4, "dpo.preferences": str(world / "preferences.jsonl"),
-    "grpo.batch_size": 8, "grpo.samples": 2, "rm.steps": 1,
+    "grpo.batch_size": 8, "grpo.samples": 2, "rm.steps": 1, "sft.short_steps": 1,
   }  # fmt: skip
   for stage in ("ppo", "dpo", "grpo"):
     changed[f"{stage}.steps"] = 1
@@ -33,81 +64,78 @@ def settings(checkpoint, world):
   return small.settings(checkpoint, world) | changed
 
 
-FAMILIES = {  # Name -> (helper, class of transformers, settings).
-  "qwen3_vl": (qwen, transformers.Qwen3VLForConditionalGeneration, {}),
-  "llava_onevision": (
-    onevision,
-    transformers.LlavaOnevisionForConditionalGeneration,
-    {"model.train_merger": True},
-  ),
-}
-
-
-class MadeRun(NamedTuple):
-  """A run of all stages with a checkpoint of transformers."""
-
-  helper: ModuleType
-  kind: type  # Class of transformers.
-  root: pathlib.Path  # Folder of the checkpoint and of the run.
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def made(request, tiny_world, tmp_path_factory):
-  helper, kind, more = FAMILIES[request.param]
-  root = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module", params=CASES)
+def trained(request, tiny_world, tmp_path_factory):
+  root, case = tmp_path_factory.mktemp("family"), CASES[request.param]
   (root / "model").mkdir()
-  helper.write_checkpoint(root / "model")
-  config = small.config(settings(root / "model", tiny_world) | more, STAGES)
+  case.write(root / "model")
+  given = settings(root / "model", tiny_world) | case.settings
+  config = small.config(given, case.stages)
   runner.run_recipe(config, str(root / "run"))
-  return MadeRun(helper, kind, root)
+  run, _ = loading.load_run_without_data(
+    config, root / "run", QUIET, has_separate_reward_model=False
+  )
+  variables = jax.device_get(role_params.load_policy_variables(run, "ppo"))
+  return Trained(root, case, run, variables)
 
 
-def test_stages_train(made):
-  for stage in STAGES:
-    (first, *_) = small.metrics(made.root / "run" / stage)
+def test_all_stages_train(trained):
+  for stage in trained.case.stages:
+    (first, *_) = small.metrics(trained.root / "run" / stage)
     assert first["step"] == 1 and all(np.isfinite(list(first.values()))), stage
 
 
-@pytest.mark.parametrize("stage", ["ppo", "grpo"])
-def test_log_probabilities_of_sampling_are_those_of_training(made, stage):
-  (first, *_) = small.metrics(made.root / "run" / stage)
-  assert abs(first["kl"]) < 1e-5
+def test_log_probabilities_of_sampling_are_those_of_training(trained):
+  for stage in {"ppo", "grpo"} & set(trained.case.stages):
+    (first, *_) = small.metrics(trained.root / "run" / stage)
+    assert abs(first["kl"]) < 1e-5, stage
 
 
-def test_an_export_is_read_by_transformers_and_is_the_policy(made):
-  root = made.root
-  export.export_stage(str(root / "run"), "ppo", str(root / "out"))
-  hf = made.kind.from_pretrained(root / "out")
-  model, got, _ = convert.load_llava(root / "out", dtype="float32")
-  jax.tree.map(np.testing.assert_array_equal, got, made.helper.convert(model, hf))
-  config = export.ConfigDict(export.read_json(root / "run" / "config.json"))
-  run, _ = loading.load_run_without_data(
-    config, root / "run", lambda line: None, has_separate_reward_model=False
-  )
-  variables = role_params.load_policy_variables(run, "ppo")
-  want = lora.merge_lora(variables, config.model.lora_alpha)["params"]
-  vision = {**want["vision"], **want.pop("projector", {})}  # It may have the merger.
-  want = jax.device_get({**want, "vision": vision})
-  jax.tree.map(np.testing.assert_array_equal, got["params"], want)
-  assert (root / "out" / "video_preprocessor_config.json").exists()
+def test_only_a_merger_in_the_projector_is_trained(trained):
+  base = trained.run.base["params"]
+  is_trained = "model.train_merger" in trained.case.settings
+  assert ("projector" in base) == is_trained
+  now = trained.variables["params"]
+  for part in ("vision", "llm"):
+    jax.tree.map(np.testing.assert_array_equal, now[part], jax.device_get(base[part]))
+  if is_trained:
+    assert {str(x.dtype) for x in jax.tree.leaves(now["projector"])} == {"float32"}
+    change = jax.tree.map(lambda a, b: np.abs(a - b).max(), now, jax.device_get(base))
+    assert min(jax.tree.leaves(change["projector"])) > 0
 
 
-def test_sft_trains_the_merger(made):
-  """Unless it is a part of the tower, which no stage changes."""
-  _, got, _ = convert.load_llava(made.root / "out", dtype="float32")
-  _, base, _ = convert.load_llava(made.root / "model", dtype="float32")
-  change = jax.tree.map(
-    lambda a, b: np.abs(a - b).max(), got["params"]["vision"], base["params"]["vision"]
-  )
-  merger = change.pop("merger")
-  assert max(jax.tree.leaves(change)) == 0
-  is_trained = made.helper is onevision
-  assert all((x > 0) == is_trained for x in jax.tree.leaves(merger))
+def test_reward_model_and_critic_have_the_merger_of_sft(trained):
+  params, frozen = role_params.make_ppo_roles(trained.run, "reward")
+  policy = trained.variables["params"].get("projector", {})
+  for role in ("policy", "ref", "reward", "critic"):
+    whole = merge_params(frozen[role], params.get(role, {}))
+    got = jax.device_get(whole["params"].get("projector", {}))
+    jax.tree.map(np.testing.assert_array_equal, got, policy)
 
 
-def test_an_adapter_cannot_have_a_trained_newline(made, tmp_path):
-  if made.helper is onevision:
-    with pytest.raises(UserError, match="SFT trains image_newline"):
-      export.export_stage(
-        str(made.root / "run"), "ppo", str(tmp_path / "out"), kind="adapter"
-      )
+def test_merged_weights_and_adapters_have_the_logits_of_the_policy(trained):
+  root, run = trained.root, trained.run
+  for kind in ("merged", "adapter"):
+    export.export_stage(
+      str(root / "run"), "ppo", str(root / kind), kind=kind, note=QUIET
+    )
+    assert (root / kind / "video_preprocessor_config.json").exists()
+  auto = transformers.AutoModelForImageTextToText
+  want = qwen.our_logits(run.policy, trained.variables)
+  merged = auto.from_pretrained(root / "merged", dtype=torch.float32).eval()
+  np.testing.assert_allclose(qwen.their_logits(merged), want, atol=2e-5)
+  base = auto.from_pretrained(root / "model", dtype=torch.float32).eval()
+  assert np.abs(qwen.their_logits(base) - want).max() > 1e-4
+  adapted = peft.PeftModel.from_pretrained(base, root / "adapter").eval()
+  got = qwen.their_logits(adapted.get_base_model())
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  # Both are read back.
+  alpha = run.config.model.lora_alpha
+  policy = lora.merge_lora(trained.variables, alpha)["params"]
+  is_trained = "model.train_merger" in trained.case.settings
+  for kind in ("merged", "adapter"):
+    _, found, _ = convert.load_llava(
+      root / kind, dtype="float32", train_merger=is_trained
+    )
+    close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+    jax.tree.map(close, found["params"], jax.device_get(policy))

@@ -10,7 +10,7 @@ import pytest
 import transformers
 from flax.traverse_util import flatten_dict
 
-from tests.end_to_end.test_qwen3_vl import STAGES, settings
+from tests.end_to_end.test_families import STAGES, settings
 from tests.helpers import small, smolvlm
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf

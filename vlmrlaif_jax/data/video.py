@@ -22,7 +22,6 @@ from PIL import Image
 from vlmrlaif_jax.data import worker_pool
 from vlmrlaif_jax.data.decoding import containers, pictures, with_decord
 from vlmrlaif_jax.data.decoding.files import (
-  Choose,
   Each,
   Frame,
   MakeEach,
@@ -33,8 +32,9 @@ from vlmrlaif_jax.data.decoding.files import (
 from vlmrlaif_jax.data.decoding.sampling import (
   ByCount,
   Sampling,
+  Selection,
   Timeline,
-  choose_frames,
+  select_frames,
 )
 from vlmrlaif_jax.data.decoding.sampling import ByFps as ByFps
 from vlmrlaif_jax.data.decoding.sampling import (
@@ -157,7 +157,7 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
       its frames differ in size.
   """
   try:
-    frames, seconds, rate = _read(path, reading)
+    frames, chosen = _read(path, reading)
   except Exception as error:  # Decoders raise errors of any type on broken input.
     raise VideoError(path, _format_reason(error)) from error
   as_read = lambda x: x.size if reading.resizing else x.pixels.shape[:2]
@@ -165,7 +165,7 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
   pixels = np.stack([frame.pixels for frame in frames])
-  return Frames(pixels, np.array(seconds), 0.0, frames[0].size)
+  return Frames(pixels, np.array(chosen.seconds), chosen.rate, frames[0].size)
 
 
 def read_videos(
@@ -280,8 +280,8 @@ def _format_reason(error: Exception) -> str:
   return reason or type(error).__name__
 
 
-def _read(path: VideoPath, reading: Reading) -> tuple[list[ReadFrame], list[float]]:
-  """Returns frames and their times in seconds, by the kind of the video."""
+def _read(path: VideoPath, reading: Reading) -> tuple[list[ReadFrame], Selection]:
+  """Returns the frames that a reading selects, by the kind of the video."""
   part = TimeRange("", 0.0, math.inf)
   if isinstance(path, str | os.PathLike):
     part = split_time_range(os.fspath(path))
@@ -296,22 +296,22 @@ def _read(path: VideoPath, reading: Reading) -> tuple[list[ReadFrame], list[floa
   return _read_images(files, part, reading.sampling, make_each)
 
 
-def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> list[int]:
-  return choose_frames(timeline, sampling, part.start, part.end).tolist()
+def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> Selection:
+  return select_frames(timeline, sampling, part.start, part.end)
 
 
 def _read_images(
   files: list[str], part: TimeRange, sampling: Sampling, make_each: MakeEach
-) -> tuple[list[ReadFrame], list[float]]:
+) -> tuple[list[ReadFrame], Selection]:
   """Reads frame images, which have no times: they count as evenly spaced."""
   if (part.start, part.end) != (0.0, math.inf):
     raise ValueError("frame images have no times: remove start and end of the record")
   step = 1.0 if isinstance(sampling, ByCount) else 1 / sampling.fps
   duration = len(files) * step if len(files) > 1 else 0.0
   timeline = Timeline(np.arange(len(files)) * step, duration)
-  numbers = _choose(sampling, part, timeline)
-  selected = pictures.read_images(files, numbers, make_each(len(numbers)))
-  return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
+  chosen = _choose(sampling, part, timeline)
+  selected = pictures.read_images(files, chosen.numbers, make_each(len(chosen.numbers)))
+  return [selected[n] for n in chosen.numbers], chosen
 
 
 def _make_each(reading: Reading, frames: int) -> Each:

@@ -202,7 +202,7 @@ def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
   rest = published_names.format_counts(name.split(".")[0] for name in adapter.rest)
   return layout._replace(
     name=f"LoRA adapter on {layout.name}",
-    config=_match_adapted(layout.config, tensors),
+    config=_match_adapted(base, layout.config, tensors),
     tensors=tensors,
     notes=(
       *layout.notes,
@@ -224,10 +224,11 @@ def _choose_renaming(base: Path) -> Callable[[str], str]:
   return lambda name: families.rename_tensor(kind, name.removeprefix(prefix))
 
 
-def _match_adapted(config: HfConfig, tensors: Tensors) -> HfConfig:
+def _match_adapted(base: Path, config: HfConfig, tensors: Tensors) -> HfConfig:
   """Makes a config consistent with the tensors of a base and its adapter."""
-  is_family = config["model_type"] in families.FAMILIES
-  return config if is_family else _match_config(config, tensors)
+  if config["model_type"] in families.FAMILIES:
+    return families.match_config(base, config, tensors)
+  return _match_config(config, tensors)
 
 
 def _open_original(

@@ -92,7 +92,8 @@ def load_processor(
     frames: Frames per video, for a family with a fixed number.
   """
   if config["model_type"] in FAMILIES:
-    return families.read_processor(folder, config)
+    place = checkpoint_folders.find_processor_folder(folder)
+    return families.read_processor(place, config)
   tower = model.vision
   return LlavaProcessor(frames, tower.image, tower.patch, tower.padding_color)
 

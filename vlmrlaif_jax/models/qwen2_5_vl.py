@@ -84,9 +84,9 @@ CONFIG = {
 SHARDING = (
   # A shard of the joint columns of q, k and v would not contain whole heads, and the
   # width of the MLP of 3b and 7b is no multiple of 8.
-  (r"blocks/(qkv|gate|up)/kernel", P(None, ("fsdp", "tensor"))),
+  (r"blocks/(qkv|mlp_gate|mlp_up)/kernel", P(None, ("fsdp", "tensor"))),
   (r"blocks/o/kernel", P(None, "tensor", "fsdp")),
-  (r"blocks/down/kernel", P(None, None, ("fsdp", "tensor"))),
+  (r"blocks/mlp_down/kernel", P(None, None, ("fsdp", "tensor"))),
   (r"blocks/\w+/bias", P()),
   (r"patch/kernel", P(None, "tensor")),
   (r"merger/fc1/kernel", P("fsdp", "tensor")),
@@ -106,9 +106,9 @@ HF_VISION = {
     for module, source in (
       ("blocks/qkv", "blocks.{}.attn.qkv"),
       ("blocks/o", "blocks.{}.attn.proj"),
-      ("blocks/gate", "blocks.{}.mlp.gate_proj"),
-      ("blocks/up", "blocks.{}.mlp.up_proj"),
-      ("blocks/down", "blocks.{}.mlp.down_proj"),
+      ("blocks/mlp_gate", "blocks.{}.mlp.gate_proj"),
+      ("blocks/mlp_up", "blocks.{}.mlp.up_proj"),
+      ("blocks/mlp_down", "blocks.{}.mlp.down_proj"),
       ("merger/fc1", "merger.mlp.0"),
       ("merger/fc2", "merger.mlp.2"),
     )
@@ -132,8 +132,13 @@ MERGERS = {"merger": "merger"}
 
 # Values that a config must have, by its part.
 REQUIRED: dict[str, dict[str, Any]] = {
-  "text_config": dict(hidden_act="silu"),
-  "vision_config": dict(hidden_act="silu", temporal_patch_size=_FRAMES),
+  "text_config": dict(hidden_act="silu", use_sliding_window=False),
+  "vision_config": dict(
+    hidden_act="silu",
+    in_channels=3,
+    temporal_patch_size=_FRAMES,
+    rope_parameters={"rope_type": "axial", "rope_theta": 10_000.0},
+  ),
 }
 
 
@@ -195,8 +200,9 @@ class WindowBlock(Layer):
     x = x + dense(embed, name="o")(h.reshape(x.shape))
 
     h = norm(name="norm2")(x)
-    h = nn.silu(dense(self.mlp, name="gate")(h)) * dense(self.mlp, name="up")(h)
-    return x + dense(embed, name="down")(h)
+    # Other names than those of a language model, whose shardings do not divide them.
+    gate = nn.silu(dense(self.mlp, name="mlp_gate")(h))
+    return x + dense(embed, name="mlp_down")(gate * dense(self.mlp, name="mlp_up")(h))
 
 
 def _attend(q, k, v, *, real):
@@ -351,6 +357,12 @@ def make_model(
   """Builds the model of a config.json; see qwen3_vl.make_model."""
   text, types = config["text_config"], DTypes(dtype=dtype, param_dtype=dtype)
   fields = read_fields(CONFIG, config["vision_config"])
+  cell = fields["patch"] * fields["merge"]
+  if fields["window"] <= 0 or fields["window"] % cell:
+    raise ValueError(
+      f"vision_config.window_size must be a multiple of {cell}, the side of a square "
+      f"of merged patches, got {fields['window']}. Give the config.json of the weights."
+    )
   tower = Model(
     **{**fields, "full_layers": tuple(fields["full_layers"])},
     merges=not train_merger,

@@ -34,11 +34,9 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     UserError: A checkpoint is missing and its size is not known.
   """
   model = config.model
-  published = _find_config(model.path, model.tower, model.size)
+  published, other = find_configs(config)
   policy = scorer = _make_model(model, published, mesh)
-  if run_lib.has_separate_reward_model(config):
-    size = model.reward_model_size or model.size
-    other = _find_config(model.reward_model_path, model.tower, size)
+  if other is not published:
     scorer = _make_model(model, other, mesh)
   tokenizer, template, stops = _load_tokenizer(model.path, model.template)
   folder = pathlib.Path(model.path)
@@ -60,6 +58,22 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
   )
   length = video.get_max_length(run.processor, config.data.prompt_len)
   return run._replace(features=run.features._replace(length=length))
+
+
+def find_configs(config: ConfigDict) -> tuple[convert.HfConfig, convert.HfConfig]:
+  """Returns the configs of the checkpoints of the policy and of the reward model.
+
+  Raises:
+    FileNotFoundError: A language model has no vision tower.
+    UserError: A checkpoint is missing and its size is not known.
+    ValueError: A checkpoint is not supported.
+  """
+  model = config.model
+  policy = _find_config(model.path, model.tower, model.size)
+  if not run_lib.has_separate_reward_model(config):
+    return policy, policy
+  size = model.reward_model_size or model.size
+  return policy, _find_config(model.reward_model_path, model.tower, size)
 
 
 class PlannedStage(NamedTuple):

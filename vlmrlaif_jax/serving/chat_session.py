@@ -123,6 +123,8 @@ def open_model(
   `model` is a model section. Its template "" selects the template of the checkpoint.
   """
   folder = run_lib.resolve_checkpoint(path)
+  # Raises for another model, whose tokenizer may require code that is not here.
+  checkpoint_layouts.find_layout(folder, tower=model.tower)
   tokenizer = tokenization.load_tokenizer(
     checkpoint_layouts.find_tokenizer_folder(folder)
   )

@@ -5,10 +5,9 @@
 
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
@@ -134,9 +133,10 @@ def write_adapter(
   Raises:
     UserError: A trained parameter is not in a module, which an adapter requires.
   """
-  modules = _list_whole_modules(config, model.train_merger)
   table = convert.make_table(config, train_merger=model.train_merger)
-  whole = _convert_projector(table, variables["params"], modules or [])
+  projector = {"projector": variables["params"].get("projector", {})}
+  whole = dict(param_mapping.convert_to_hf(table, projector))
+  modules = _list_whole_modules(config, whole)
   if config["model_type"] in families.FAMILIES:
     export_files.copy_files(folder, source, model.template)
   else:
@@ -171,33 +171,37 @@ def write_adapter(
   write_json(folder / peft_adapters.ADAPTER_CONFIG, settings)
 
 
-def _convert_projector(
-  table: param_mapping.NameTable, params: Params, modules: Sequence[str]
-) -> dict[str, np.ndarray]:
-  """Returns the tensors of the projector, all of which are in `modules`."""
-  projector = {"projector": params.get("projector", {})}
-  whole = dict(param_mapping.convert_to_hf(table, projector))
-  for name in whole:
-    if not any(module in name for module in modules):
-      raise UserError(
-        f"SFT trains {name} with model.train_merger, but an adapter contains whole "
-        "modules only. Set --kind=merged."
-      )
-  return whole
-
-
 def _name_in_memory(name: str) -> str:
   """Maps the name of a tensor in a table to its name in transformers 5."""
   name = name.replace("language_model.model.", "model.language_model.")
   return name.replace("multi_modal_projector.", "model.multi_modal_projector.")
 
 
-def _list_whole_modules(config: HfConfig, train_merger: bool) -> list[str] | None:
-  """Lists the modules that an adapter contains whole; None for none."""
+def _list_whole_modules(config: HfConfig, names: Iterable[str]) -> list[str] | None:
+  """Lists the modules that an adapter contains whole; None for none.
+
+  PEFT does not wrap lists of modules, so each module of a list counts by itself.
+
+  Args:
+    config: Config of the base.
+    names: Names of the tensors of the projector.
+
+  Raises:
+    UserError: A tensor is not in a module.
+  """
   if config["model_type"] not in families.FAMILIES:
     return ["multi_modal_projector"]
   mergers = families.FAMILIES[config["model_type"]].models.MERGERS
-  return list(mergers.values()) if train_merger else None
+  whole = re.compile(rf"\.((?:{'|'.join(mergers.values())})(?:\.\d+)?)\.")
+  modules = set()
+  for name in names:
+    if (match := whole.search(name)) is None:
+      raise UserError(
+        f"SFT trains {name} with model.train_merger, but an adapter contains whole "
+        "modules only. Set --kind=merged."
+      )
+    modules.add(match[1])
+  return sorted(modules) or None
 
 
 def _write_files(

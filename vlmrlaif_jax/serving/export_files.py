@@ -138,8 +138,9 @@ def copy_files(folder: pathlib.Path, source: pathlib.Path, template: str) -> Non
   """
   if template != OWN_TEMPLATE:
     raise UserError(
-      f"model.template was {template!r} in training, but a Qwen3-VL is exported with "
-      f"the template of its base. Train with --config.model.template={OWN_TEMPLATE}."
+      f"model.template was {template!r} in training, but only a LLaVA is exported with "
+      "another template than that of its base. Train with "
+      f"--config.model.template={OWN_TEMPLATE}."
     )
   check_links(source)
   for name in READ_FILES:

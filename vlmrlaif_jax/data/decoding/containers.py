@@ -32,7 +32,7 @@ from vlmrlaif_jax.data.decoding.files import (
   check_size,
 )
 from vlmrlaif_jax.data.decoding.pictures import flatten
-from vlmrlaif_jax.data.decoding.sampling import Timeline
+from vlmrlaif_jax.data.decoding.sampling import Selection, Timeline
 
 # Demuxers of video files. Playlists, which name other files, are not among them.
 FORMATS = (
@@ -60,29 +60,31 @@ class _WrongIndexError(Exception):
 
 def read_container(
   path: str | os.PathLike, choose: Choose, make_each: MakeEach
-) -> tuple[list[ReadFrame], list[float]]:
-  """Reads the chosen frames of a video file.
+) -> tuple[list[ReadFrame], Selection]:
+  """Reads the selected frames of a video file.
 
   Args:
     path: The file.
-    choose: Returns the numbers of the frames to read.
+    choose: Selects the frames to read.
     make_each: Returns what is applied to one upright RGB frame at a time, which bounds
       memory.
 
   Returns:
-    The frames, and the time of each in seconds after the video's first frame.
+    The frames, and which they are.
   """
   index, timeline = read_index(path), None
-  predicted = choose(index.timeline) if len(index.timeline.seconds) else []
+  has_frames = len(index.timeline.seconds) > 0
+  predicted = choose(index.timeline).numbers if has_frames else []
   required, each = set(predicted), make_each(len(predicted))
   try:
     selected, timeline = _decode_by_seeking(path, index, required, each), index.timeline
   except (_WrongIndexError, StopIteration, av.FFmpegError):
     selected, timeline = _decode_in_order(path, index, required, each)
-  numbers = choose(timeline)
+  chosen = choose(timeline)
+  numbers = chosen.numbers
   if len(numbers) != len(predicted) or not set(numbers) <= selected.keys():
     selected, _ = _decode(path, set(numbers), make_each(len(numbers)))
-  return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
+  return [selected[n] for n in numbers], chosen
 
 
 def open_container(path: str | os.PathLike) -> InputContainer:

@@ -3,21 +3,21 @@
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
 
-from vlmrlaif_jax.data.decoding.sampling import Timeline
+from vlmrlaif_jax.data.decoding.sampling import Selection, Timeline
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 64_000_000  # Pixels of a frame; a frame of 8K video has 33 million.
 MAX_SIDE = 65_535  # Pixels of a side, the largest in a JPEG.
 
 Frame: TypeAlias = UInt8[np.ndarray, "height width 3"]
-Choose: TypeAlias = Callable[[Timeline], Sequence[int]]  # Numbers of frames to read.
+Choose: TypeAlias = Callable[[Timeline], Selection]  # Selects the frames to read.
 
 
 class ReadFrame(NamedTuple):

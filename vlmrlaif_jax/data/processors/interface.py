@@ -50,7 +50,8 @@ class Visual(NamedTuple):
 
   grid: Grid
   seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
-  rate: float = 0.0  # Frames per second: their number / the seconds of the video.
+  # Frames per second: their number / the seconds of the video; 0 for an image.
+  rate: float = 0.0
   # Height and width of an image in pixels, before it is resized; () for a video.
   size: tuple[int, ...] = ()
 

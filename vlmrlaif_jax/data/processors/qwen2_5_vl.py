@@ -125,6 +125,6 @@ class Qwen25VLProcessor(TemporalPatches):
     time, *sides = visual.grid
     cells = np.indices((time, *(side // self.merge for side in sides)), np.int32)
     if visual.rate:
-      step = np.float32(self.tokens_per_second * (FRAMES / visual.rate))
+      step = np.float32(self.tokens_per_second) * np.float32(FRAMES / visual.rate)
       cells[0] = np.floor(cells[0].astype(np.float32) * step)
     return [np.moveaxis(cells, 0, -1).reshape(-1, 3)]

@@ -145,9 +145,32 @@ class SmolVLMProcessor:
       )
     return dataclasses.replace(self, fps=fps or self.fps, max_frames=frames)
 
+  def fix_grids(self) -> "SmolVLMProcessor":
+    """Returns the processor, whose frames and crops have one size."""
+    return self
+
   def make_reading(self, decoder: str) -> Reading:
-    """Returns the settings for reading frames by `sample_frames`, in their own size."""
-    return Reading(self, decoder=decoder)
+    """Returns the settings for reading frames by `sample_frames` and `resize`."""
+    return Reading(self, decoder=decoder, resizing=self)
+
+  def resize(
+    self, frame: UInt8[np.ndarray, "height width 3"], frames: int
+  ) -> UInt8[np.ndarray, "new_height new_width 3"]:
+    """Returns a frame of a video as a square; an image remains as it is.
+
+    Args:
+      frame: frame of a video, or an image.
+      frames: frames that are read of the video; 1 for an image.
+    """
+    if frames == 1:
+      return frame
+    return self._resize_in_steps(frame, self.longest, self.side, self.side)
+
+  def _resize_in_steps(
+    self, frame: UInt8[np.ndarray, "old_height old_width 3"], longest: int, *size: int
+  ) -> UInt8[np.ndarray, "height width 3"]:
+    """Resizes the longer side to a length, then both sides to a height and width."""
+    return resize(resize(frame, *fit_longest(frame.shape[:2], longest)), *size)
 
   def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
     """Returns evenly spaced indices of frames, `fps` of each second.
@@ -199,22 +222,23 @@ class SmolVLMProcessor:
   def process(
     self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
   ) -> ProcessedVideo:
-    """Resizes frames to squares, or an image to crops, and normalizes and cuts them.
+    """Normalizes frames, which are squares, or cuts an image into crops first.
 
-    As in the published processor, they are resized in steps: first so that the longer
-    side has a fixed length, then to a multiple of a square. The whole image behind the
-    crops follows from the result.
+    As in the published processor, an image is resized in steps: first so that the
+    longer side has a fixed length, then to a multiple of a square. The whole image
+    behind the crops follows from the result.
 
     Args:
-      frames: frames of a video, or one image.
+      frames: frames of a video by `resize`, or one image.
       grid: result of `choose_grid`.
     """
     rows, columns = self._count_crops(grid)
-    longest = self.image_longest if len(frames) == 1 else self.longest
     squares = []
     for frame in frames:
-      first = resize(frame, *fit_longest(frame.shape[:2], longest))
-      whole = resize(first, rows * self.side, columns * self.side)
+      whole = frame
+      if len(frames) == 1:
+        size = rows * self.side, columns * self.side
+        whole = self._resize_in_steps(frame, self.image_longest, *size)
       if rows * columns > 1:
         split = whole.reshape(rows, self.side, columns, self.side, 3).swapaxes(1, 2)
         squares += [*split.reshape(-1, self.side, self.side, 3)]
@@ -225,7 +249,7 @@ class SmolVLMProcessor:
     return ProcessedVideo(np.concatenate(pixels), grid)
 
   def arrange(
-    self, features: Float[np.ndarray, "time tokens channels"]
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
   ) -> Float[np.ndarray, "all channels"]:
     """Returns the features of the placeholders from those of all frames."""
     return features.reshape(-1, features.shape[-1])
