@@ -61,8 +61,9 @@ def made(tmp_path_factory):
 def talk(made):
   model = run_lib.default_config()
   model.update(
-    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
-  )
+    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0,
+    grids="exact",
+  )  # fmt: skip
   return chat_session.open_model(
     str(made[1]), model, chats.mesh(), max_prompt=4096, note=lambda line: None
   )
