@@ -3,7 +3,9 @@
 Log-probabilities, exports and adapters are compared with transformers and PEFT.
 """
 
+import contextlib
 import functools
+import io
 from typing import NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers import qwen, qwen2_5, small
+from tests.helpers import media, qwen, qwen2_5, small
 from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import lora
@@ -31,12 +33,16 @@ class Case(NamedTuple):
   write: functools.partial  # Writes a checkpoint into a folder.
   stages: tuple[str, ...] = STAGES
   settings: dict = {}
+  several: bool = False  # Whether records have several videos and images.
 
 
 SCORES = {"grpo.oracle.kind": "reward", "grpo.advantage": "grpo_scalar"}
 MERGER = {"model.train_merger": True}
+SEVERAL = {"data.prompt_len": 256, "data.response_len": 264, "sft.pack_len": 768}
 CASES = {
-  "qwen3_vl": Case(qwen.write_checkpoint),  # Ranks in GRPO; see grpo_rank.py.
+  "qwen3_vl": Case(  # Ranks in GRPO; see grpo_rank.py.
+    qwen.write_checkpoint, settings=SEVERAL, several=True
+  ),
   "qwen2_5_vl": Case(qwen2_5.write_checkpoint, settings=SCORES),
   "qwen3_vl merger": Case(qwen.write_checkpoint, STAGES[:4], MERGER),
 }
@@ -69,9 +75,16 @@ def trained(request, tiny_world, tmp_path_factory):
   root, case = tmp_path_factory.mktemp("family"), CASES[request.param]
   (root / "model").mkdir()
   case.write(root / "model")
-  given = settings(root / "model", tiny_world) | case.settings
+  files = tiny_world
+  if case.several:
+    media.write_several(tiny_world, root)
+    files = root
+  given = settings(root / "model", files) | case.settings
+  given["data.videos"] = str(tiny_world / "videos")
   config = small.config(given, case.stages)
-  runner.run_recipe(config, str(root / "run"))
+  with contextlib.redirect_stdout(io.StringIO()) as printed:
+    runner.run_recipe(config, str(root / "run"))
+  (root / "printed.txt").write_text(printed.getvalue())
   run, _ = loading.load_run_without_data(
     config, root / "run", QUIET, has_separate_reward_model=False
   )
@@ -83,6 +96,11 @@ def test_all_stages_train(trained):
   for stage in trained.case.stages:
     (first, *_) = small.metrics(trained.root / "run" / stage)
     assert first["step"] == 1 and all(np.isfinite(list(first.values()))), stage
+
+
+def test_no_record_is_skipped(trained):
+  printed = (trained.root / "printed.txt").read_text()
+  assert "are packed in" in printed and "skipped" not in printed
 
 
 def test_log_probabilities_of_sampling_are_those_of_training(trained):
