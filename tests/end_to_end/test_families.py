@@ -6,6 +6,7 @@ Log-probabilities, exports and adapters are compared with transformers and PEFT.
 import contextlib
 import functools
 import io
+import json
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 from tests.helpers import media, qwen, qwen2_5, small
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import lora
@@ -36,14 +38,20 @@ class Case(NamedTuple):
   several: bool = False  # Whether records have several videos and images.
 
 
-SCORES = {"grpo.oracle.kind": "reward", "grpo.advantage": "grpo_scalar"}
+SCORES = {
+  "grpo.oracle.kind": "reward", "grpo.advantage": "grpo_scalar",
+  "label.context": "all", "label.caption_prompt_len": 160, "label.caption_max_new": 6,
+  "label.judge_prompt_len": 2048, "label.judge_max_new": 2,
+}  # fmt: skip
 MERGER = {"model.train_merger": True}
 SEVERAL = {"data.prompt_len": 256, "data.response_len": 264, "sft.pack_len": 768}
 CASES = {
   "qwen3_vl": Case(  # Ranks in GRPO; see grpo_rank.py.
     qwen.write_checkpoint, settings=SEVERAL, several=True
   ),
-  "qwen2_5_vl": Case(qwen2_5.write_checkpoint, settings=SCORES),
+  "qwen2_5_vl": Case(
+    qwen2_5.write_checkpoint, ("sft_short", "sft_long", "label", *STAGES[2:]), SCORES
+  ),
   "qwen3_vl merger": Case(qwen.write_checkpoint, STAGES[:4], MERGER),
 }
 
@@ -93,7 +101,7 @@ def trained(request, tiny_world, tmp_path_factory):
 
 
 def test_all_stages_train(trained):
-  for stage in trained.case.stages:
+  for stage in set(trained.case.stages) - {"label"}:
     (first, *_) = small.metrics(trained.root / "run" / stage)
     assert first["step"] == 1 and all(np.isfinite(list(first.values()))), stage
 
@@ -101,6 +109,24 @@ def test_all_stages_train(trained):
 def test_no_record_is_skipped(trained):
   printed = (trained.root / "printed.txt").read_text()
   assert "are packed in" in printed and "skipped" not in printed
+
+
+def test_the_judge_reads_the_captions_of_all_clips_of_a_video(trained):
+  """Clips of two frames are one temporal patch each."""
+  if "label" not in trained.case.stages:
+    return
+  folder, features = (trained.root / "run" / name for name in ("label", "features"))
+  captions = jsonl.read_jsonl(folder / "captions.jsonl")
+  spans = {}
+  for row in captions:
+    spans.setdefault(row["video"], []).append((row["start"], row["stop"]))
+  for video, own in spans.items():
+    time, *_ = json.loads((features / f"{video}.json").read_text())["grid"]
+    assert own == [(at, at + 1) for at in range(time)] and time > 1
+  said = {row["caption"].strip() for row in captions} - {""}
+  rows = jsonl.read_jsonl(folder / "blocks" / "block_00000.jsonl")
+  assert any(row["verdicts"] for row in rows)  # Some prompts of the judge fit.
+  assert len(said) > 1 and all(any(x in row["narrative"] for x in said) for row in rows)
 
 
 def test_log_probabilities_of_sampling_are_those_of_training(trained):
