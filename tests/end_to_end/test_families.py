@@ -4,6 +4,7 @@ Log-probabilities, exports and adapters are compared with transformers and PEFT.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ STAGES = ("sft_short", "sft_long", "rm", "ppo", "dpo", "grpo")
 class Case(NamedTuple):
   """A family and what differs in its run."""
 
-  write: functools.partial  # Writes a checkpoint into a folder.
+  write: Callable  # Writes a checkpoint into a folder.
   stages: tuple[str, ...] = STAGES
   settings: dict = {}
 
