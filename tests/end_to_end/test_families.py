@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ STAGES = ("sft_short", "sft_long", "rm", "ppo", "dpo", "grpo")
 class Case(NamedTuple):
   """A family and what differs in its run."""
 
-  write: functools.partial  # Writes a checkpoint into a folder.
+  write: Callable  # Writes a checkpoint into a folder.
   stages: tuple[str, ...] = STAGES
   settings: dict = {}
   several: bool = False  # Whether records have several videos and images.

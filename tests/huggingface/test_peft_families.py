@@ -12,7 +12,7 @@ import transformers
 from tests.helpers import qwen, qwen2_5
 from vlmrlaif_jax.huggingface import checkpoint_folders, convert
 
-TOWER = r".*visual\.blocks.*\.(qkv|proj|mlp\..*)|.*merger.*(fc1|fc2|mlp\.[02])"
+TOWER = r".*visual\.blocks.*\.(qkv|\w*proj|\w+_fc\d)|.*merger.*(_fc\d|mlp\.[02])"
 CONFIGS = {
   "language model": dict(target_modules=["q_proj", "v_proj", "down_proj"]),
   "tower and merger": dict(target_modules=TOWER),
