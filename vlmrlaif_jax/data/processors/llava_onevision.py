@@ -178,15 +178,15 @@ class LlavaOnevisionProcessor:
     return Reading(self, decoder=decoder, resizing=self)
 
   def resize(
-    self, frame: UInt8[np.ndarray, "height width 3"], frames: int
+    self, frame: UInt8[np.ndarray, "height width 3"], frames: int | None
   ) -> UInt8[np.ndarray, "new_height new_width 3"]:
     """Returns a frame of a video as a square; an image remains as it is.
 
     Args:
       frame: frame of a video, or an image.
-      frames: frames that are read of the video; 1 for an image.
+      frames: frames that are read of the video; None for an image.
     """
-    if frames == 1:
+    if frames is None:
       return frame
     return np.asarray(resize(Image.fromarray(frame), self.image, self.image))
 
@@ -227,7 +227,7 @@ class LlavaOnevisionProcessor:
       grid: result of `choose_grid`.
     """
     mean, std = self.mean, self.std
-    if len(frames) == 1:
+    if grid.height != self.pooled_side:
       mean, std = self.image_mean, self.image_std
       squares = self.images.cut_crops(Image.fromarray(frames[0]))
     else:

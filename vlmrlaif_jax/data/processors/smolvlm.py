@@ -154,15 +154,15 @@ class SmolVLMProcessor:
     return Reading(self, decoder=decoder, resizing=self)
 
   def resize(
-    self, frame: UInt8[np.ndarray, "height width 3"], frames: int
+    self, frame: UInt8[np.ndarray, "height width 3"], frames: int | None
   ) -> UInt8[np.ndarray, "new_height new_width 3"]:
     """Returns a frame of a video as a square; an image remains as it is.
 
     Args:
       frame: frame of a video, or an image.
-      frames: frames that are read of the video; 1 for an image.
+      frames: frames that are read of the video; None for an image.
     """
-    if frames == 1:
+    if frames is None:
       return frame
     return self._resize_in_steps(frame, self.longest, self.side, self.side)
 
@@ -236,8 +236,8 @@ class SmolVLMProcessor:
     squares = []
     for frame in frames:
       whole = frame
-      if len(frames) == 1:
-        size = rows * self.side, columns * self.side
+      size = rows * self.side, columns * self.side
+      if frame.shape[:2] != (self.side, self.side):
         whole = self._resize_in_steps(frame, self.image_longest, *size)
       if rows * columns > 1:
         split = whole.reshape(rows, self.side, columns, self.side, 3).swapaxes(1, 2)

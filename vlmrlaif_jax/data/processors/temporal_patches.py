@@ -222,16 +222,16 @@ class TemporalPatches(abc.ABC):
     return grid
 
   def resize(
-    self, frame: UInt8[np.ndarray, "height width 3"], frames: int
+    self, frame: UInt8[np.ndarray, "height width 3"], frames: int | None
   ) -> UInt8[np.ndarray, "new_height new_width 3"]:
     """Returns a frame in the size of its grid.
 
     Args:
       frame: frame of a video, or an image.
-      frames: frames that are read of the video; 1 for an image.
+      frames: frames that are read of the video; None for an image.
     """
     height, width, _ = frame.shape
-    grid = self.choose_grid(height, width, frames if frames > 1 else None)
+    grid = self.choose_grid(height, width, frames)
     size = grid.width * self.patch, grid.height * self.patch
     image = Image.fromarray(frame)
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
