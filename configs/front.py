@@ -112,7 +112,8 @@ def use_qwen3_vl(config: ConfigDict) -> ConfigDict:
   lengths = {
     "data": dict(prompt_len=128),
     "sft": dict(pack_len=512),
-    "label": dict(judge_prompt_len=344, caption_prompt_len=72),
+    # Clips of its videos are not captioned.
+    "label": dict(judge_prompt_len=344, context="none"),
     "evaluate": dict(prompt_len=232, judge_prompt_len=848),
   }
   for name in lengths.keys() & config.keys():

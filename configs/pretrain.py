@@ -63,30 +63,33 @@ def make_qwen3_vl() -> ConfigDict:
   """Returns the config of a model in Qwen3-VL's layout; see make_llava."""
   config = make_recipe(
     make_phase(
-      steps=300, batch_size=48, length=96, learning_rate=2e-3, schedule="constant"
+      steps=150, batch_size=48, length=96, learning_rate=1e-3, schedule="constant"
     ),
     make_phase(
-      steps=500, batch_size=24, length=288, learning_rate=2e-3, schedule="constant"
+      steps=250, batch_size=24, length=224, learning_rate=1e-3, schedule="constant"
     ),
     make_phase(
-      steps=300, batch_size=16, length=448, learning_rate=1.5e-3, schedule="cosine"
+      steps=200, batch_size=16, length=400, learning_rate=1e-3, schedule="cosine"
     ),
   )
   config.model = dict(
     family="qwen3_vl",
     vocab=768,
+    # Model of this recipe whose layers training starts from; "" starts at random.
+    start="builtin:tiny",
     # Frames per second, their number, and the side of the squares they are resized to.
-    video=dict(fps=4.0, min_frames=4, max_frames=12, side=48),
+    video=dict(fps=4.0, min_frames=4, max_frames=12, side=32),
     vision=dict(
-      embed=96, mlp=384, layers=3, heads=4, taps=(0, 1), patch=8, merge=2, positions=36
+      embed=96, mlp=384, layers=3, heads=4, taps=(0, 1), patch=8, merge=2, positions=16
     ),
     llm=dict(
       embed=128,
       mlp=352,
       layers=4,
       heads=4,
-      kv_heads=2,
+      kv_heads=4,
       head_dim=32,
+      rope_base=10_000.0,
       mrope=(6, 5, 5),  # Frequencies of time, height and width.
     ),
   )

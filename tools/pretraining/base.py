@@ -1,4 +1,4 @@
-"""What the program needs to know of the family of a base model."""
+"""The parts of a base model that depend on its family."""
 
 import pathlib
 from collections.abc import Callable, Iterable

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import Qwen3VLConfig
 
-from tools.pretraining import mix, qwen_method, qwen_tokenizer
+from tools.pretraining import mix, qwen_method, qwen_tokenizer, warm_start
 from tools.pretraining.base import PHASES, Base, Family, World, sample_rows
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.types import Batch, MethodModels, Params
@@ -20,6 +20,7 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.huggingface.config_keys import HfConfig
 from vlmrlaif_jax.models import qwen3_vl, vlm
 from vlmrlaif_jax.models.decoders import qwen3
+from vlmrlaif_jax.runtime import run as run_lib
 
 # The model reads the digits of all times, because this share of rows has the times of a
 # slower or faster clip, by a factor of at most MAX_FACTOR.
@@ -59,6 +60,12 @@ def make_base(
   features = np.zeros((1, 1, *model.vision.feature_shape), np.float32)
   example = Batch(features, tokens, tokens > 0, tokens > 0, tokens[..., None])
   params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
+  if config.model.start:
+    folder = run_lib.resolve_checkpoint(config.model.start)
+    old = convert.load_llava(folder, dtype="float32")[1]["params"]
+    params = warm_start.start(
+      params, old, tok, tokenization.load_tokenizer(folder), world.frames[:100, 0]
+    )
   processor = make_processor(config)
   side = config.model.video.side // config.model.vision.patch
   return Base(
@@ -72,7 +79,7 @@ def make_base(
 
 def make_model(config: ConfigDict, vocab: int) -> vlm.VLM:
   """Returns the model of the section `model`."""
-  llm = qwen3.Model(vocab=vocab, tied=True, mrope_interleaved=True, **config.llm)
+  llm = qwen3.Model(vocab=vocab, mrope_interleaved=True, **config.llm)
   tower = qwen3_vl.Model(out=llm.embed, **config.vision)
   return vlm.VLM(tower, qwen3_vl.Connector(llm.embed), llm)
 
@@ -160,7 +167,7 @@ def make_config(model: vlm.VLM, tok: tokenization.PreTrainedTokenizerBase) -> Hf
   config = Qwen3VLConfig(
     text_config=text,
     vision_config=checkpoint_layouts.write_fields(qwen3_vl.CONFIG, model.vision),
-    tie_word_embeddings=True,
+    tie_word_embeddings=llm.tied,
     image_token_id=image,
     video_token_id=clip,
     vision_start_token_id=start,
