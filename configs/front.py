@@ -2,7 +2,8 @@
 
 Each section has values for the two presets of a recipe. "tiny" uses the embedded world
 and takes minutes on a CPU. "7b" has the values of VLM-RLAIF (2402.03746), or of its
-code for values that the paper does not state.
+code for values that the paper does not state. `use_qwen3_vl` changes the preset tiny to
+"tiny_qwen3vl".
 """
 
 import functools
@@ -113,6 +114,26 @@ def model_tiny() -> ConfigDict:
     lora_rank=16,
     lora_alpha=32.0,
   )
+
+
+def use_qwen3_vl(config: ConfigDict) -> ConfigDict:
+  """Changes a recipe's preset tiny to the Qwen3-VL that the package ships.
+
+  Its videos have more tokens: those of places, and the time of each two frames.
+  """
+  config.model.update(
+    path="builtin:tiny_qwen3vl", template="chat_template", prompts="brief_qwen"
+  )
+  lengths = {
+    "data": dict(prompt_len=128),
+    "sft": dict(pack_len=512),
+    # Clips of its videos are not captioned.
+    "label": dict(judge_prompt_len=344, context="none"),
+    "evaluate": dict(prompt_len=232, judge_prompt_len=848),
+  }
+  for name in lengths.keys() & config.keys():
+    config[name].update(lengths[name])
+  return config
 
 
 def model_7b() -> ConfigDict:

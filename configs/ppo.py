@@ -1,6 +1,7 @@
 """The whole of VLM-RLAIF: SFT, AI preferences, reward model, PPO, evaluation.
 
 python launch/run.py --config=configs/ppo.py --workdir=runs/demo
+python launch/run.py --config=configs/ppo.py:tiny_qwen3vl --workdir=runs/qwen3vl
 python launch/run.py --config=configs/ppo.py:7b --workdir=runs/7b
 python launch/run.py --config=configs/ppo.py:reference --workdir=runs/reference
 
@@ -84,6 +85,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   """Returns the config of a preset."""
   presets = {
     "tiny": tiny,
+    "tiny_qwen3vl": lambda: front.use_qwen3_vl(tiny()),
     "7b": llava_7b,
     "reference": lambda: follow_reference(tiny()),
     "reference_7b": lambda: follow_reference(llava_7b()),
