@@ -118,9 +118,8 @@ def convert_from_hf(
   params: dict[str, AnyArray] = {}
   for path, shape in _flatten(shapes).items():
     name, op = table[path]
-    source = TensorParts(
-      [tensors[n] for n in _list_names(name, shape)], op, "{}" in name
-    )
+    parts = [tensors[n] for n in _list_names(name, shape)]
+    source = TensorParts(parts, op, "{}" in name)
     if flat_shardings is None:
       params[path] = _read_slice(source, shape, (slice(None),) * len(shape.shape))
     elif path in packed:
@@ -129,7 +128,7 @@ def convert_from_hf(
       params |= {f"{module}/{leaf}": x for leaf, x in leaves.items()}
     else:
       params[path] = _load_to_mesh(source, shape, flat_shardings[path])
-    on_bytes_read(sum(part.nbytes for part in source.parts))
+    on_bytes_read(sum(part.nbytes for part in parts))
   return _unflatten(params)
 
 
@@ -230,11 +229,9 @@ def _read_slice(
     for start in range(rows.start, rows.stop, count):
       stop = min(start + count, rows.stop)
       piece = _FROM_HF[source.op](part[(slice(start, stop), *rest)])
+      piece = piece if source.op in ("", "T") else piece[axes[0]]
       written = slice(start - rows.start, stop - rows.start)
-      if source.op in ("", "T"):
-        layer[(..., written) if source.op else written] = piece
-      else:
-        layer[:, written] = piece[axes[0]]
+      layer[(..., written) if source.op else written] = piece
   return out
 
 
