@@ -72,9 +72,4 @@ def set_benchmarks(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
 
 def get_config(preset: str = "tiny") -> ConfigDict:
   """Returns the config of a preset."""
-  presets = {
-    "tiny": tiny,
-    "tiny_qwen3vl": lambda: front.use_qwen3_vl(tiny()),
-    "7b": llava_7b,
-  }
-  return front.choose_preset(presets, preset)
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

@@ -29,15 +29,17 @@ def choose_preset(
 
   Args:
     presets: The recipe's own presets, "tiny" and "7b" among them, from which those of
-      published families are derived.
+      other families are derived.
     preset: Name of the preset.
 
   Raises:
     ValueError: The recipe has no preset of this name.
   """
   derived = {
-    name: functools.partial(_make_published, presets["7b"], name) for name in PUBLISHED
-  }
+    "tiny_qwen3vl": lambda: use_qwen3_vl(presets["tiny"]()),
+    **{name: functools.partial(_make_published, presets["7b"], name)
+       for name in PUBLISHED},
+  }  # fmt: skip
   presets = {**presets, **derived}
   if preset not in presets:
     raise ValueError(f"preset must be one of {tuple(presets)}, not {preset!r}")
@@ -124,11 +126,11 @@ def use_qwen3_vl(config: ConfigDict) -> ConfigDict:
   config.model.update(
     path="builtin:tiny_qwen3vl", template="chat_template", prompts="brief_qwen"
   )
+  lengthen_prompts(config, 88)
   lengths = {
     "data": dict(prompt_len=128),
     "sft": dict(pack_len=512),
-    # Clips of its videos are not captioned.
-    "label": dict(judge_prompt_len=344, context="none"),
+    "label": dict(caption_prompt_len=72, context="none"),
     "evaluate": dict(prompt_len=232, judge_prompt_len=848),
   }
   for name in lengths.keys() & config.keys():

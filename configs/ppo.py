@@ -3,6 +3,7 @@
 python launch/run.py --config=configs/ppo.py --workdir=runs/demo
 python launch/run.py --config=configs/ppo.py:tiny_qwen3vl --workdir=runs/qwen3vl
 python launch/run.py --config=configs/ppo.py:7b --workdir=runs/7b
+python launch/run.py --config=configs/ppo.py:qwen3vl_4b --workdir=runs/qwen3vl_4b
 python launch/run.py --config=configs/ppo.py:reference --workdir=runs/reference
 
 The preset "reference" follows VLM-RLAIF's released code where it differs from the
@@ -85,7 +86,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   """Returns the config of a preset."""
   presets = {
     "tiny": tiny,
-    "tiny_qwen3vl": lambda: front.use_qwen3_vl(tiny()),
     "7b": llava_7b,
     "reference": lambda: follow_reference(tiny()),
     "reference_7b": lambda: follow_reference(llava_7b()),

@@ -51,6 +51,14 @@ PUBLISHED = {
     2176,
     dict(fps=2.0, max_frames=32, max_pixels=32 * FRAME_PIXELS),
   ),
+  # 196 tokens of each frame.
+  "onevision_7b": Published(
+    "llava-onevision-qwen2-7b-ov-hf", 3200, dict(max_frames=16)
+  ),
+  # 64 tokens of each frame, and its time.
+  "smolvlm2_500m": Published(
+    "SmolVLM2-500M-Video-Instruct", 2688, dict(fps=1.0, max_frames=32)
+  ),
 }
 
 
@@ -69,20 +77,17 @@ def use_published(config: ConfigDict, preset: str) -> ConfigDict:
     **limits,
     **LORA,
   )
-  longer = video_len + TEXT_LEN - LLAVA_LEN
-  for section in config.values():
-    if isinstance(section, ConfigDict):
-      _lengthen(section, longer)
+  lengthen_prompts(config, video_len + TEXT_LEN - LLAVA_LEN)
   for section, rate in LEARNING_RATES.items():
     if section in config:
       config[section].optimizer.learning_rate = rate
   return config
 
 
-def _lengthen(section: ConfigDict, longer: int) -> None:
-  """Adds the tokens of a longer video to the lengths of all prompts of a section."""
+def lengthen_prompts(section: ConfigDict, longer: int) -> None:
+  """Adds the tokens of a longer video to the lengths of all prompts of a config."""
   for key, value in section.items():
     if isinstance(value, ConfigDict):
-      _lengthen(value, longer)
+      lengthen_prompts(value, longer)
     elif key.endswith("prompt_len") and value:
       section[key] = value + longer

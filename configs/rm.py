@@ -32,9 +32,4 @@ def llava_7b() -> ConfigDict:
 
 def get_config(preset: str = "tiny") -> ConfigDict:
   """Returns the config of a preset."""
-  presets = {
-    "tiny": tiny,
-    "tiny_qwen3vl": lambda: front.use_qwen3_vl(tiny()),
-    "7b": llava_7b,
-  }
-  return front.choose_preset(presets, preset)
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

@@ -75,7 +75,7 @@ INTERFACES = {
     "REQUIRED",
     "Mergers",
   ),
-  *("DECODER", "make_model"),
+  *("DECODER", "TOP_CONFIG", "make_model"),
 }
 
 

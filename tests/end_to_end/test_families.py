@@ -109,7 +109,7 @@ def test_all_stages_train(trained):
 
 def test_no_record_is_skipped(trained):
   printed = (trained.root / "printed.txt").read_text()
-  assert "are packed in" in printed and "skipped" not in printed
+  assert "are packed in" in printed and "records skipped" not in printed
 
 
 def test_the_judge_reads_the_captions_of_all_clips_of_a_video(trained):

@@ -142,14 +142,22 @@ def make_published_config(model_type: str, size: str) -> HfConfig:
   """Returns the config of a published size, a key of the family's LLM_VARIANTS."""
   models = FAMILIES[model_type].models
   decoder = models.DECODER.Model(**models.LLM_VARIANTS[size])
+  tower = models.Model(**models.VARIANTS[size])
   text = write_fields(models.DECODER.CONFIG, decoder)
-  text["rope_parameters"] |= {"mrope_section": list(models.ROPE_SECTIONS)}
+  text["model_type"] = models.DECODER.__name__.rpartition(".")[2]
+  vision = write_fields(models.CONFIG, tower)
+  kind = CONFIG_MAPPING[model_type]
+  if kind.sub_configs["vision_config"] is AutoConfig:
+    vision["model_type"] = "siglip_vision_model"
+  if models.ROPE_SECTIONS:
+    text["rope_parameters"] |= {"mrope_section": list(models.ROPE_SECTIONS)}
   values = {
     "text_config": text,
-    "vision_config": write_fields(models.CONFIG, models.Model(**models.VARIANTS[size])),
+    "vision_config": vision,
     "tie_word_embeddings": decoder.tied,
+    **write_fields(models.TOP_CONFIG, tower),
   }
-  return config_keys.make_config(CONFIG_MAPPING[model_type], values, Path(size))
+  return config_keys.make_config(kind, values, Path(size))
 
 
 def match_config(folder: Path, config: HfConfig, tensors: Tensors) -> HfConfig:

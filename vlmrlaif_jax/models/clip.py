@@ -286,12 +286,13 @@ class VisionTower(Tower, kw_only=True):
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""
+    layers = self.selected_layers
     pixels = self.normalize(jnp.array([[[0] * 3, [255] * 3]], jnp.uint8))
     return {
       "kind": type(self).__module__,  # The family, such as CLIP or SigLIP.
       **dict(image=self.image, patch=self.patch, heads=self.heads),
       **dict(activation=self.activation, eps=self.eps),
-      "layer": self.selected_layers,
+      "layer": layers[0] if len(layers) == 1 else layers,
       "dtype": jnp.dtype(self.dtype).name,
       # Rounded, because the last bit of a division differs between accelerators.
       "pixels": np.round(pixels, 4).tolist(),

@@ -24,6 +24,7 @@ from vlmrlaif_jax.models.decoders import qwen2
 from vlmrlaif_jax.models.layers import (
   DTypes,
   Layer,
+  TowerShape,
   VisualFeatures,
   describe_settings,
   read_fields,
@@ -50,6 +51,11 @@ LLM_VARIANTS: dict[str, dict[str, Any]] = {
   "0.5b": {**qwen2.VARIANTS["0.5b"], "vocab": 152_000},
   "7b": {**qwen2.VARIANTS["7b"], "vocab": 152_128},
 }
+
+# Neighboring frequencies of a head for each of several position axes, of which there is
+# one, and names of other fields of Model in a config.json.
+DECODER, ROPE_SECTIONS = qwen2, ()
+TOP_CONFIG: dict[str, str] = {}
 
 # Names of the fields of Model in "vision_config" of a Hugging Face config.json.
 CONFIG = siglip.CONFIG
@@ -211,6 +217,24 @@ class Model(Layer, kw_only=True):
   def feature_shape(self) -> tuple[int, ...]:
     """Shape of the features of a token."""
     return (self.out if self.merges else _SOURCES * (self.channels + 1) + 1,)
+
+  def measure(self, grid: tuple[int, int]) -> TowerShape:
+    """Returns the sizes of the tower for a frame, whose grid is always the same."""
+    del grid
+    patches, inputs = (self.image // self.patch) ** 2, 3 * self.patch**2
+    return TowerShape(
+      (patches, inputs),
+      "float32",
+      self.embed,
+      self.mlp,
+      self.heads,
+      self.layers,
+      patches,
+      inputs,
+      kernels=self.embed * (4 * self.embed + 2 * self.mlp),
+      pairs=patches**2,
+      merged=self.merges * patches * (self.channels + self.out) * self.out,
+    )
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""

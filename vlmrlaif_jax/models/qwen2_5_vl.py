@@ -67,6 +67,9 @@ LLM_VARIANTS = {name: qwen2.VARIANTS[name] for name in ("3b", "7b", "32b", "72b"
 # Neighboring frequencies of a head that belong to the time, height and width axis.
 ROPE_SECTIONS = (16, 24, 24)
 
+# Names of other fields of Model in a config.json.
+TOP_CONFIG: dict[str, str] = {}
+
 # Names of the fields of Model in "vision_config" of a Hugging Face config.json.
 CONFIG = {
   "embed": "hidden_size",

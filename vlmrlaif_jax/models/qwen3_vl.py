@@ -73,6 +73,9 @@ LLM_VARIANTS: dict[str, dict[str, Any]] = {
 # and 2:60:3. The time axis has the others.
 ROPE_SECTIONS = (24, 20, 20)
 
+# Names of other fields of Model in a config.json.
+TOP_CONFIG: dict[str, str] = {}
+
 # Names of the fields of Model in "vision_config" of a Hugging Face config.json.
 CONFIG = {
   "embed": "hidden_size",

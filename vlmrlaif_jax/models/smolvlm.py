@@ -20,6 +20,7 @@ from vlmrlaif_jax.models.layers import (
   Dense,
   DTypes,
   Layer,
+  TowerShape,
   VisualFeatures,
   describe_settings,
   read_fields,
@@ -54,6 +55,11 @@ LLM_VARIANTS: dict[str, dict[str, Any]] = {
   "500m": _llm(960, 2560, 32, 15, 5, 1e5),
   "2.2b": _llm(2048, 8192, 24, 32, 32, 273_768.0),
 }
+
+# Neighboring frequencies of a head for each of several position axes, of which there is
+# one, and names of other fields of Model in a config.json.
+DECODER, ROPE_SECTIONS = llama, ()
+TOP_CONFIG: dict[str, str] = {"merge": "scale_factor"}
 
 # Names of the fields of Model in "vision_config" of a Hugging Face config.json.
 CONFIG = siglip.CONFIG
@@ -134,6 +140,24 @@ class Model(Mergers, kw_only=True):
   def feature_shape(self) -> tuple[int, ...]:
     """Shape of the features of a token."""
     return (self.out if self.merges else self.merge**2 * self.embed,)
+
+  def measure(self, grid: tuple[int, int]) -> TowerShape:
+    """Returns the sizes of the tower for a frame, whose grid is always the same."""
+    del grid
+    patches, inputs = (self.image // self.patch) ** 2, 3 * self.patch**2
+    return TowerShape(
+      (patches, inputs),
+      "float32",
+      self.embed,
+      self.mlp,
+      self.heads,
+      self.layers,
+      patches,
+      inputs,
+      kernels=self.embed * (4 * self.embed + 2 * self.mlp),
+      pairs=patches**2,
+      merged=self.merges * patches * self.embed * self.out,
+    )
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""

@@ -40,6 +40,8 @@ PLANNED_FAMILIES = {
   "qwen3vl_4b": ("qwen3_vl", "4b"),
   "qwen3vl_8b": ("qwen3_vl", "8b"),
   "qwen25vl_7b": ("qwen2_5_vl", "7b"),
+  "onevision_7b": ("llava_onevision", "7b"),
+  "smolvlm2_500m": ("smolvlm", "500m"),
 }
 PLANNED_SIZES = {
   "llava_7b": (llama, llama.VARIANTS["7b"], "l14_336"),
