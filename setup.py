@@ -70,6 +70,7 @@ setup(
       "httpx",
       "matplotlib",
       "mypy",
+      "num2words",
       "peft",
       "playwright",
       "pytest",

@@ -1,7 +1,9 @@
 """The whole of VLM-RLAIF: SFT, AI preferences, reward model, PPO, evaluation.
 
 python launch/run.py --config=configs/ppo.py --workdir=runs/demo
+python launch/run.py --config=configs/ppo.py:tiny_qwen3vl --workdir=runs/qwen3vl
 python launch/run.py --config=configs/ppo.py:7b --workdir=runs/7b
+python launch/run.py --config=configs/ppo.py:qwen3vl_4b --workdir=runs/qwen3vl_4b
 python launch/run.py --config=configs/ppo.py:reference --workdir=runs/reference
 
 The preset "reference" follows VLM-RLAIF's released code where it differs from the

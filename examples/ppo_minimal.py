@@ -137,7 +137,7 @@ def train(
   @jax.jit
   def sample(params: Params, base: Params, key: Array):
     kwargs = dict(max_new=RESPONSE_LEN, temperature=TEMPERATURE, samples=SAMPLES)
-    ids = dict(eos=end, pad=tokenizer.pad_token_id, vocab=len(tokenizer))
+    ids = dict(stops=(end,), pad=tokenizer.pad_token_id, vocab=len(tokenizer))
     return generate(
       policy, merge_params(base, params["policy"]), prompts, key, **kwargs, **ids
     )

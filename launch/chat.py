@@ -3,6 +3,7 @@
 The page, http://127.0.0.1:7860, shows the answers of the SFT policy and of the policies
 trained from it side by side. --model=FOLDER serves a checkpoint in Hugging Face format.
 With --video=clip.mp4 --prompt="What happens?" the program prints the answers and exits.
+Several --video and --image flags give several clips and images, in order.
 """
 
 import os
@@ -28,6 +29,26 @@ FRAMES = flags.DEFINE_integer(
   "launch/export.py wrote the checkpoint, and 12 otherwise.",
   1,
 )
+FPS = flags.DEFINE_float(
+  "fps",
+  0.0,
+  "Frames per second of a clip for --model, if its clips differ in length; 0 for those "
+  "of the checkpoint.",
+  0.0,
+)
+MAX_FRAMES = flags.DEFINE_integer(
+  "max_frames",
+  0,
+  "Largest number of frames of a clip for --model; 0 for that of the checkpoint.",
+  0,
+)
+MAX_PIXELS = flags.DEFINE_integer(
+  "max_pixels",
+  0,
+  "Largest number of pixels of all frames of a clip for --model, after they are "
+  "resized; 0 for that of the checkpoint.",
+  0,
+)
 DTYPE = flags.DEFINE_string(
   "dtype",
   "",
@@ -35,7 +56,13 @@ DTYPE = flags.DEFINE_string(
   "CPU and bfloat16 on other devices.",
 )
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share each matrix.", 1)
-VIDEO = flags.DEFINE_string("video", None, "Clip of the question in --prompt.")
+VIDEO = flags.DEFINE_multi_string(
+  "video",
+  None,
+  "Clip or image of the question in --prompt. Several, in order, are given by several "
+  "flags.",
+)
+flags.DEFINE_alias("image", "video")  # One list has the order of both flags.
 PROMPT = flags.DEFINE_string("prompt", None, "Question to answer in the terminal.")
 TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.0, "Temperature of sampling; 0 decodes greedily.", 0.0
@@ -111,6 +138,10 @@ def open_policies():
     prompts="brief",
     frames=frames,
     clip_frames=frames,
+    fps=FPS.value,
+    max_frames=MAX_FRAMES.value,
+    max_pixels=MAX_PIXELS.value,
+    grids="exact",
     dtype=dtype,
     lora_rank=0,
     lora_alpha=1.0,
@@ -122,7 +153,8 @@ def print_answers(chat, limits, question) -> None:
   """Prints each policy's answer, and the sampled answers with their scores."""
   from vlmrlaif_jax.serving import chat_clip, chat_stream
 
-  clip = chat_clip.read_clip(chat, VIDEO.value, limits)
+  clips = [chat_clip.read_clip(chat, path, limits) for path in VIDEO.value]
+  clip = chat_clip.join_clips(chat, clips)
   *_, last = chat_stream.stream_side_by_side(chat, clip, {}, question)
   for name, answers in last.items():
     print(f"{name}: {answers.texts[answers.best]}")

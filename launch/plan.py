@@ -49,6 +49,12 @@ def main(argv: list[str]) -> None:
 
   config = flags.FLAGS.config
   topologies.init_backend()
+  from vlmrlaif_jax.planner import abstract_run
+
+  try:
+    abstract_run.find_configs(config)
+  except (FileNotFoundError, ValueError, UserError) as error:
+    exit_with_error(str(error))  # Another mesh would not help.
   try:
     rows = plan_stages(config)
   except (ValueError, ImportError, UserError) as error:

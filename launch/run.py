@@ -90,17 +90,7 @@ def main(argv: list[str]) -> None:
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:
-      supervisor.end_with_parent()
-      place = parse_processes(flags.FLAGS)
-      print(
-        f"waiting for all processes, at most --start_s={START_S.value} s",
-        file=sys.stderr,
-        flush=True,
-      )
-      distributed.connect_processes(
-        *place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value
-      )
-      distributed.on_process_zero(lambda: supervisor.forget_errors(workdir))
+      connect_processes(workdir)
     topologies.init_backend()
     run = runner.run_recipe
     if CONFIG.value.recipe == "pretrain":  # The package does not contain this stage.
@@ -133,6 +123,23 @@ def main(argv: list[str]) -> None:
     if not is_user_error:
       raise
     sys.exit(EXIT_USER_ERROR)
+
+
+def connect_processes(workdir: pathlib.Path) -> None:
+  """Connects this process to the others of the run that the flags describe."""
+  from vlmrlaif_jax.core import distributed  # The import takes seconds.
+
+  supervisor.end_with_parent()
+  place = parse_processes(flags.FLAGS)
+  print(
+    f"waiting for all processes, at most --start_s={START_S.value} s",
+    file=sys.stderr,
+    flush=True,
+  )
+  distributed.connect_processes(
+    *place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value
+  )
+  distributed.on_process_zero(lambda: supervisor.forget_errors(workdir))
 
 
 def exit_with_error(message: str) -> NoReturn:

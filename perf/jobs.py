@@ -153,7 +153,7 @@ def make_ppo_job(bench: Bench, *, video: bool) -> Job:
   score = rewards.make_reward_fn(
     scorer,
     suffix=(1,),
-    eos=_NEVER,
+    stops=(_NEVER,),
     penalty=0.0,
     length_coef=0.0,
     max_response_len=size.new,
@@ -203,8 +203,10 @@ def _score_by_rule(
   return scores.astype(jnp.float32), jnp.ones(len(scores), bool)
 
 
-def _get_length_kwargs(bench: Bench) -> dict[str, int]:
-  return dict(max_new=bench.size.new, eos=_NEVER, pad=0, vocab=bench.size.llm["vocab"])
+def _get_length_kwargs(bench: Bench) -> dict[str, Any]:
+  return dict(
+    max_new=bench.size.new, stops=(_NEVER,), pad=0, vocab=bench.size.llm["vocab"]
+  )
 
 
 def make_sampling_job(bench: Bench, *, video: bool) -> Job:
@@ -215,7 +217,7 @@ def make_sampling_job(bench: Bench, *, video: bool) -> Job:
   prompts = make_batch(size, size.rows, new=0, video=video)
 
   def make_run(new: int):
-    settings = dict(max_new=new, temperature=1.0, eos=_NEVER, pad=0)
+    settings = dict(max_new=new, temperature=1.0, stops=(_NEVER,), pad=0)
     answer = jax.jit(lambda *args: generate(model, *args, **settings).batch)
     return lambda: jax.block_until_ready(answer(variables, prompts, jax.random.key(0)))
 

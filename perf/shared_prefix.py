@@ -63,7 +63,7 @@ def compile_update(
     config,
     MethodModels(policy=model),
     max_new=case.response_len,
-    eos=EOS,
+    stops=(EOS,),
     pad=PAD,
     vocab=model.llm.vocab,
   )

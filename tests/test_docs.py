@@ -27,7 +27,7 @@ PAGES = [
 ]
 STAGES = sorted((DOCS / "stages").glob("*.md"))
 RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-NO_RECIPES = ("__init__", "front", "prices")
+NO_RECIPES = ("__init__", "front", "prices", "published")
 NOT_OURS = {"model.generate"}  # Of transformers.
 FILES = ("py", "json", "jsonl", "npy", "md")
 

@@ -116,11 +116,13 @@ def measure_captions(
   """Returns the shares of true statements and of faultless captions of clips."""
   _caption_videos(run, variables, videos, path, "all")
   names = {run.features.digest(e["video"]): e for e in videos}
-  stretch = scene.SCENE_FRAMES // run.config.model.frames
   claims, whole = [], []
   for row in read_jsonl(path):
-    clip = scene.scene_from_json(names[row["video"]]["truth"]["scene"])
-    span = row["start"] * stretch, row["stop"] * stretch
+    example = names[row["video"]]
+    clip = scene.scene_from_json(example["truth"]["scene"])
+    # Frames of the scene in a frame, or in a temporal patch, that the model reads.
+    each = scene.SCENE_FRAMES // run.features.get_layout(example["video"]).grid.time
+    span = row["start"] * each, row["stop"] * each
     true = set(language.split_claims(language.describe_scene(clip, *span)))
     claims += [claim in true for claim in language.split_claims(row["caption"])]
     whole.append(language.count_mistakes(row["caption"], clip, *span) == 0)

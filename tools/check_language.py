@@ -66,8 +66,16 @@ INTERFACES = {
   *("default_config", "check", "workload", "make", "make_job", "train", "STAGES"),
   *("load", "run", "SOURCE", "BENCHMARKS", "KEYS", "PROMPTS", "SETTINGS"),
   *("Model", "VARIANTS", "CONFIG", "SHARDING", "HF", "HF_VISION"),
-  *("LLM_VARIANTS", "ROPE_SECTIONS", "RENAMES", "MERGERS", "REQUIRED", "Mergers"),
-  *("make_model",),
+  *(
+    "LLM_VARIANTS",
+    "ROPE_SECTIONS",
+    "RENAMES",
+    "MERGERS",
+    "DECODER",
+    "REQUIRED",
+    "Mergers",
+  ),
+  *("DECODER", "TOP_CONFIG", "make_model"),
 }
 
 

@@ -39,7 +39,7 @@ from vlmrlaif_jax.training import alarms, update
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "settings.md"
 NAME = "settings, written by tools/list_settings.py"
-NO_RECIPES = ("__init__", "front", "prices", "pretrain")
+NO_RECIPES = ("__init__", "front", "prices", "pretrain", "published")
 PRESETS = ("tiny", "7b")
 COLUMNS = ("setting", "type", "default", *PRESETS, "allowed values", "meaning")
 # Subsections of several sections, each with a table of its own.

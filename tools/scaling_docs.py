@@ -100,7 +100,7 @@ _ABOUT = {
   ),
   "group": "GRPO_rank, 64 prompts, at most 512 responses concurrently.",
 }
-_NUMBERS = (
+NUMBERS = (
   "fits",
   "peak, GiB",
   "step, s",
@@ -109,7 +109,7 @@ _NUMBERS = (
   "chip-hours",
   "cost, $",
 )
-_MESH = "mesh and microbatches"
+MESH = "mesh and microbatches"
 
 
 def _tabulate_slices(chosen: Sequence[Point], rows: Rows) -> str:
@@ -117,9 +117,9 @@ def _tabulate_slices(chosen: Sequence[Point], rows: Rows) -> str:
   for point in chosen:
     row, chips = rows[point.name], topologies.parse_topology(point.topology).chips
     lines.append(
-      [point.topology, chips, row["rows"], *_format_numbers(row), _format_mesh(row)]
+      [point.topology, chips, row["rows"], *format_numbers(row), format_mesh(row)]
     )
-  return markdown_table(lines, ["slice", "chips", "rows", *_NUMBERS, _MESH])
+  return markdown_table(lines, ["slice", "chips", "rows", *NUMBERS, MESH])
 
 
 def _tabulate_curve(chosen: Sequence[Point], rows: Rows, key: str) -> str:
@@ -127,8 +127,8 @@ def _tabulate_curve(chosen: Sequence[Point], rows: Rows, key: str) -> str:
   for point in chosen:
     row = rows[point.name]
     own = [point.method, point.topology, _get_value(point)]
-    lines.append([*own, *_format_numbers(row), _format_mesh(row)])
-  return markdown_table(lines, ["method", "slice", key, *_NUMBERS, _MESH])
+    lines.append([*own, *format_numbers(row), format_mesh(row)])
+  return markdown_table(lines, ["method", "slice", key, *NUMBERS, MESH])
 
 
 def _describe_estimates(rows: Rows) -> list[str]:
@@ -162,7 +162,7 @@ def is_compiled(row: PlanRow) -> bool:
   return any(f["compile_s"] for f in row["functions"])
 
 
-def _format_numbers(row: PlanRow) -> list[str]:
+def format_numbers(row: PlanRow) -> list[str]:
   """Returns memory, time and cost; a step that does not fit has no time."""
   worst = max(row["functions"], key=lambda f: f["peak"] / f["limit"])
   peak = f"{worst['peak'] / GIB:.1f} of {worst['limit'] / GIB:.1f}"
@@ -182,7 +182,7 @@ def _format_numbers(row: PlanRow) -> list[str]:
   ]
 
 
-def _format_mesh(row: PlanRow) -> str:
+def format_mesh(row: PlanRow) -> str:
   """Returns the mesh sizes other than 1 and the microbatches."""
   parts = [flag.removeprefix("--config.") for flag in row["line"].split()]
   parts = [part.removeprefix("mesh.") for part in parts if not part.endswith("=1")]

@@ -66,6 +66,7 @@ class Point(NamedTuple):
   method: str  # A key of METHODS.
   topology: str  # Name of the slice.
   overrides: Settings
+  preset: str = "7b"  # Preset of the recipe.
 
   @property
   def stage(self) -> str:
@@ -81,7 +82,7 @@ class Point(NamedTuple):
     """Returns the arguments of launch/plan.py for this point."""
     platform = topologies.parse_topology(self.topology).platform
     return [
-      f"--config=configs/{METHODS[self.method].config}.py:7b",
+      f"--config=configs/{METHODS[self.method].config}.py:{self.preset}",
       f"--topology={self.topology}",
       f"--stage={self.stage}",
       "--sweep",
@@ -92,7 +93,7 @@ class Point(NamedTuple):
   def make_config(self) -> ConfigDict:
     """Returns the recipe with the settings of this point."""
     recipe = importlib.import_module(f"configs.{METHODS[self.method].config}")
-    config = recipe.get_config("7b")
+    config = recipe.get_config(self.preset)
     config.update_from_flattened_dict(self.make_settings())
     return config
 

@@ -292,7 +292,9 @@ def test_a_rollout_keeps_its_kernels_under_the_mesh(frozen):
   parts = MethodModels(policy=policy, critic=critic, score=roles.score)
   config = ppo.default_config()
   config.kl_coef = 0.1
-  method = ppo.make(config, parts, max_new=roles.NEW, eos=roles.EOS, pad=0, vocab=8)
+  method = ppo.make(
+    config, parts, max_new=roles.NEW, stops=(roles.EOS,), pad=0, vocab=8
+  )
   params = {"policy": {"lora": frozen["lora"]}, "critic": {"lora": frozen["lora"]}}
   of_roles = dict.fromkeys(("policy", "critic", "ref"), frozen)
   prompts = roles.prompts()

@@ -15,6 +15,7 @@ from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.processors.interface import Grid, Visual
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
+from vlmrlaif_jax.data.video import MediaList
 from vlmrlaif_jax.data.world import scene
 
 SIZE, COUNT = 16, 3
@@ -271,7 +272,7 @@ def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatc
       if number == 3:
         fourth.set()
       pixels = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8)
-      yield features.video.Frames(pixels, np.zeros(COUNT))
+      yield features.video.Frames(pixels, np.zeros(COUNT), (SIZE, SIZE))
 
   def encode(videos):
     assert fourth.wait(10), "nothing was decoded meanwhile"
@@ -311,7 +312,7 @@ class EachPatch:
 
   def __call__(self, videos):
     times = [video.grid.time for video in videos]
-    return [np.repeat([[t, time] for t in range(time)], 2, 0) for time in times]
+    return [np.array([[[t, time]] * 2 for t in range(time)]) for time in times]
 
 
 OWN = Qwen3VLProcessor(patch=4, min_pixels=64, max_pixels=6 * 64, fps=4.0)
@@ -322,6 +323,8 @@ def test_layout_of_a_video_is_saved_next_to_its_features(clips, tmp_path):
   layout = store.get_layout(clips[0])
   assert layout.grid == Grid(len(layout.seconds) // 2, 2, 2)
   assert np.ptp(np.diff(layout.seconds)) < 0.2 and layout.seconds[0] == 0
+  duration = scene.SCENE_FRAMES / scene.FPS
+  assert layout.rate == pytest.approx(len(layout.seconds) / duration)
   encode = Encoder()
   again = build(clips[:1], tmp_path, encode, processor=OWN)
   assert again.layouts == store.layouts and encode.batches == []
@@ -343,6 +346,29 @@ def test_features_are_padded_to_one_length_and_parts_are_temporal_patches(
   assert len(whole) == len(part) == 20
   np.testing.assert_array_equal(whole[:, 1], [time] * 2 * time + [0] * (20 - 2 * time))
   np.testing.assert_array_equal(part[:, 0], [1, 1, 2, 2] + [0] * 16)
+
+
+def test_features_of_a_part_are_arranged_as_those_of_a_video(clips, tmp_path):
+  end = lambda x: np.concatenate([x.reshape(-1, 2), [[-1, -1]]])  # Such as a newline.
+  store = build(clips[:1], tmp_path, EachPatch(), processor=OWN)
+  part = store._replace(length=8, arrange=lambda x, _: end(x)).get(clips[0], 1, 3)
+  np.testing.assert_array_equal(part[:, 0], [1, 1, 2, 2, -1, 0, 0, 0])
+
+
+def test_features_of_several_videos_follow_each_other(clips, tmp_path):
+  broken = str(tmp_path / "gone.mp4")
+  store = build([*clips[:2], broken], tmp_path, EachPatch(), processor=OWN)
+  both, again = MediaList((clips[1], clips[0])), MediaList((clips[0], clips[1]))
+  parts = [store.get(path) for path in both.paths]
+  padded = store._replace(length=40).stack([both, clips[0]])
+  assert padded.shape[:2] == (2, 40) and len(parts[0]) + len(parts[1]) < 40
+  np.testing.assert_array_equal(store.get(both), np.concatenate(parts))
+  np.testing.assert_array_equal(padded[0, : len(store.get(both))], store.get(both))
+  np.testing.assert_array_equal(padded[1, : len(parts[1])], parts[1])
+  assert len({store.digest(x) for x in (both, again, *both.paths)}) == 4
+  assert store.has(both) and not store.has(MediaList((clips[0], broken)))
+  reason = store.get_failure(MediaList((clips[0], broken)))
+  assert reason == store.failures[broken]
 
 
 def test_a_video_of_unsupported_sides_is_a_failure(tmp_path):

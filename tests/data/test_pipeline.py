@@ -8,6 +8,8 @@ import pytest
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import pipeline, tokenization
 from vlmrlaif_jax.data.processors.llava import lay_out_features
+from vlmrlaif_jax.data.templates import MEDIA_MARK
+from vlmrlaif_jax.data.video import MediaList
 
 VIDEOS = [f"clips/v{i}.mp4" for i in range(10)]
 
@@ -131,6 +133,31 @@ def test_parts_of_one_video_are_held_out_together():
   given = examples([f"{i}.mp4#t={start},9" for start in range(3) for i in range(5)])
   _, held = pipeline.split_held_out(given, 0.2, seed=0)
   assert len(held) == 3 and len({e["video"].partition("#")[0] for e in held}) == 1
+
+
+def test_records_that_share_one_of_their_videos_are_held_out_together():
+  pairs = [("a", "b"), ("b#t=1,2", "c"), ("d", "c"), ("e", "f")]
+  given = examples([MediaList(pair) for pair in pairs] + ["a", "g"])
+  for seed in range(4):
+    _, held = pipeline.split_held_out(given, 0.3, seed=seed)
+    assert ids(held) in (["e0", "e1", "e2", "e4"], ["e3"], ["e5"])
+  sides = [pipeline.split_held_out(each, 0.3, seed=1) for each in (given, given[::-1])]
+  assert ids(sides[0][1]) == ids(sides[1][1])[::-1]
+
+
+def test_prompts_have_the_videos_of_their_first_question():
+  mark, several = MEDIA_MARK, MediaList(("a", "b", "c"))
+  turns = [
+    [(f"{mark}A?", "x"), (f"{mark}B{mark}?", "y")],
+    [(f"A{mark}{mark}?", "x"), (f"B?{mark}", "y")],
+    [(f"A{mark}{mark}{mark}?", "x"), ("B?", "y")],
+    [("A?", "x"), (f"{mark}{mark}{mark}B?", "y")],
+  ]
+  given = [{"id": f"e{i}", "video": several, "turns": x} for i, x in enumerate(turns)]
+  prompts, [problem] = pipeline.keep_first_questions(given)
+  assert [e["video"] for e in prompts] == ["a", MediaList(("a", "b")), several]
+  assert [e["turns"] for e in prompts] == [turns[0][:1], turns[1][:1], turns[2]]
+  assert problem.id == "e3" and "first question" in problem.reason
 
 
 def test_hold_out_depends_on_the_seed_alone():

@@ -16,10 +16,19 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.data import tricky
-from tests.data.tricky import CHATML, ORDINARY, SOME, TALKS, stripped
+from tests.data.tricky import (
+  CHATML,
+  ORDINARY,
+  SOME,
+  TALKS,
+  answered,
+  ids_where_nothing_typed_is_special,
+  messages,
+  ours,
+  stripped,
+)
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates, tokenization
-from vlmrlaif_jax.data.processors.llava import lay_out_features
 
 ASSETS = pathlib.Path(templates.__file__).parents[1] / "assets"
 
@@ -107,13 +116,6 @@ def published_ids(tokenizer, name, talk):
   return [*bos, *read(before), VIDEO_TOKEN, *read(after)]
 
 
-def ours(tokenizer, name, talk, video_tokens=1):
-  template = tokenization.get_template(name)
-  return tokenization.encode_conversation(
-    tokenizer, template, talk, video=lay_out_features(video_tokens)
-  )
-
-
 def test_strings_are_200_and_many_hold_a_special_token():
   assert len(tricky.STRINGS) == 200
   assert 80 < len(ORDINARY) < 150
@@ -133,37 +135,6 @@ def test_open_prompt_equals_the_published_one(known, of, name):
   for (question, _), _ in ORDINARY:
     want = published_ids(known[of], name, [(question.strip(), None)])
     assert ours(known[of], name, [(question, None)]).ids == want
-
-
-def ids_where_nothing_typed_is_special(parts, markers, read):
-  """Ids of a prompt whose special tokens are those of the template alone.
-
-  Args:
-    markers: text of special token -> id.
-    read: (text between two of them, whether it is the first of its string) -> ids.
-  """
-  # What was said is put in after the template's own text is cut at its markers.
-  runs, ids = [""], []
-  for words, typed in parts:
-    while not typed and (at := first_marker(words, markers)):
-      start, marker = at
-      runs[-1] += words[:start]
-      runs += [marker, ""]
-      words = words[start + len(marker) :]
-    runs[-1] += words
-  first = True
-  for i, run in enumerate(runs):
-    if i % 2:
-      ids.append(markers[run])
-      first = run == "<image>"  # What is after the image is a string by itself.
-    elif run:
-      ids += read(run, first)
-  return ids
-
-
-def first_marker(words, markers):
-  found = [(words.index(m), m) for m in markers if m in words]
-  return min(found) if found else None
 
 
 @pytest.mark.parametrize("name", [n for n in DATA if n != "qwen"])
@@ -240,20 +211,6 @@ def test_what_is_learned_goes_on_from_the_prompt(known, of, name):
     start = len(open_ended.ids)
     assert whole.ids[:start] == open_ended.ids
     assert whole.learn == [False] * start + [True] * (len(whole.ids) - start)
-
-
-def answered(talks):
-  """A turn of "" ends at once; a chat template may write a space before its end."""
-  return [talk for talk in talks if all(answer for _, answer in stripped(talk))]
-
-
-def messages(talk):
-  roles = ("user", "assistant")
-  return [
-    {"role": role, "content": words}
-    for turn in talk
-    for role, words in zip(roles, turn, strict=True)
-  ]
 
 
 @pytest.mark.parametrize("of", TOKENIZERS)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data import tricky
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
-from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data import templates, tokenization
 from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.data.tokenization import EncodedConversation
@@ -306,6 +306,12 @@ def saved(words, folder, **tokens):
   return folder
 
 
+def test_chat_template_of_transformers_4_is_read(words, tmp_path):
+  folder = saved(words, tmp_path, unk_token="<unk>")
+  (folder / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
+  assert tokenization.load_tokenizer(folder).chat_template == "{{ messages }}"
+
+
 def test_unk_is_pad_where_no_pad_is_named(words, tmp_path):
   loaded = tokenization.load_tokenizer(saved(words, tmp_path, unk_token="<unk>"))
   assert (loaded.pad_token, loaded.pad_token_id) == ("<unk>", 0)
@@ -338,12 +344,37 @@ def test_tokenizer_that_does_not_tell_offsets_is_refused(tmp_path):
 
 def test_video_of_several_runs_has_its_text_and_the_positions_of_its_blocks(words):
   square = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
-  video = VideoTokens(["it ", 4, "</s> then ", 4], [square, square], axes=3)
+  video = VideoTokens([["it ", 4, "</s> then ", 4]], [square, square], axes=3)
   found = tokenization.encode_conversation(words, BRIEF, [("ring", None)], video=video)
   assert found.ids == ids("<s> USER: it V V V V </s> then V V V V ring ASSISTANT:")
   assert not any(found.learn)
   want = [[0] * 3, [1] * 3, [2] * 3, *(square + 3), [5] * 3, [6] * 3, *(square + 7)]
   np.testing.assert_array_equal(found.positions, [*want, [9] * 3, [10] * 3])
+
+
+def test_several_videos_are_before_the_first_question_or_at_its_marks(words):
+  mark = templates.MEDIA_MARK
+  line = lambda count: np.arange(count)[:, None]
+  video = VideoTokens([[2, "it"], [1, "</s>"]], [line(2), line(1)])
+  encode = lambda turns: tokenization.encode_conversation(
+    words, BRIEF, turns, video=video
+  )
+  found = encode([("ring", None)])
+  assert found.ids == ids("<s> USER: V V it V </s> ring ASSISTANT:")
+  found = encode([(f"what {mark} is", "a ring"), (f"and {mark}", None)])
+  assert found.ids == ids(
+    "<s> USER: what V V it is ASSISTANT: a ring </s> USER: and V </s> ASSISTANT:"
+  )
+  assert learned(found) == ids("a ring </s>")
+  np.testing.assert_array_equal(found.positions[:, 0], range(len(found.ids)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_other_marks_than_videos_are_an_error(words, count):
+  turns = [("what" + templates.MEDIA_MARK * count, None)]
+  video = VideoTokens([["it"], ["is"]])
+  with pytest.raises(ValueError, match=f"places of {count} videos .* there are 2"):
+    tokenization.encode_conversation(words, BRIEF, turns, video=video)
 
 
 def test_text_alone_has_the_axes_of_the_family(words):

@@ -14,6 +14,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 
 CORPUS = [
   "USER: What is the small red ring doing? ASSISTANT: It moves left.",
@@ -95,10 +96,16 @@ def llama(folder, spoken, *, legacy):
   return tokenization.load_tokenizer(folder)
 
 
-def bytes_model():
+def with_rules_of_qwen(model):
   """A tokenizer of Qwen's rules that has no special token."""
-  rules, model = Qwen2Tokenizer().backend_tokenizer, tokenizers.Tokenizer(models.BPE())
+  rules = Qwen2Tokenizer().backend_tokenizer
   model.normalizer, model.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+  return model
+
+
+def bytes_model():
+  """Qwen's rules with a small vocabulary."""
+  model = with_rules_of_qwen(tokenizers.Tokenizer(models.BPE()))
   trainer = trainers.BpeTrainer(
     vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
@@ -116,3 +123,58 @@ def qwen(folder, model):
   made.chat_template = CHATML
   made.save_pretrained(folder)
   return tokenization.load_tokenizer(folder)
+
+
+# What tests compare.
+
+
+def ours(tokenizer, name, talk, video_tokens=1):
+  template = tokenization.get_template(name)
+  return tokenization.encode_conversation(
+    tokenizer, template, talk, video=lay_out_features(video_tokens)
+  )
+
+
+def answered(talks):
+  """A turn of "" ends at once; a chat template may write a space before its end."""
+  return [talk for talk in talks if all(answer for _, answer in stripped(talk))]
+
+
+def messages(talk):
+  roles = ("user", "assistant")
+  return [
+    {"role": role, "content": words}
+    for turn in talk
+    for role, words in zip(roles, turn, strict=True)
+  ]
+
+
+def ids_where_nothing_typed_is_special(parts, markers, read):
+  """Ids of a prompt whose special tokens are those of the template alone.
+
+  Args:
+    markers: text of special token -> id.
+    read: (text between two of them, whether it is the first of its string) -> ids.
+  """
+  # What was said is put in after the template's own text is cut at its markers.
+  runs, ids = [""], []
+  for words, typed in parts:
+    while not typed and (at := first_marker(words, markers)):
+      start, marker = at
+      runs[-1] += words[:start]
+      runs += [marker, ""]
+      words = words[start + len(marker) :]
+    runs[-1] += words
+  first = True
+  for i, run in enumerate(runs):
+    if i % 2:
+      ids.append(markers[run])
+      first = run == "<image>"  # What is after the image is a string by itself.
+    elif run:
+      ids += read(run, first)
+  return ids
+
+
+def first_marker(words, markers):
+  found = [(words.index(m), m) for m in markers if m in words]
+  return min(found) if found else None

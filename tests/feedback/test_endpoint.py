@@ -23,6 +23,8 @@ from tests.feedback.chat_server import (
 from tests.helpers.numbered import read_numbers, write_numbered
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.interrupts import Stopped
+from vlmrlaif_jax.data.templates import MEDIA_MARK
+from vlmrlaif_jax.data.video import MediaList
 from vlmrlaif_jax.feedback import endpoint, rankers
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 
@@ -139,6 +141,27 @@ def test_earlier_turns_are_messages_and_the_frames_are_in_the_first(
     ("user", "Where?"),
     ("assistant", "Here."),
     ("user", "When?"),
+  ]
+
+
+def test_frames_of_several_videos_are_at_their_marks(server, make, video, tmp_path):
+  Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+  both, mark = MediaList((video, str(tmp_path / "image.png"))), MEDIA_MARK
+  talks = [
+    JudgeQuery("0", both, "Which?"),
+    JudgeQuery("1", both, f"And {mark}?", ((f"{mark}Who?", "Ann."),)),
+    JudgeQuery("2", (), f"Is {mark} red?"),
+  ]
+  make(frames=2, concurrency=1).ask(talks)
+  shorten = lambda part: part.get("text", "frame")
+  sent = [
+    [[shorten(part) for part in message["content"]] for message in body["messages"]]
+    for _, body in server.requests
+  ]
+  assert sent == [
+    [["frame"] * 4 + ["Which?"]],
+    [["frame", "frame", "Who?"], ["Ann."], ["And ", "frame", "frame", "?"]],
+    [["Is <video> red?"]],
   ]
 
 

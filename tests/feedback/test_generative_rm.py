@@ -317,11 +317,13 @@ class Sampled(NamedTuple):
 
 def test_a_score_has_a_row_for_each_response_and_knows_what_was_cut():
   eos = 9
-  tokens = np.array([[9, 1, 1, eos], [9, 1, eos, 0], [9, 1, 1, 1], [9, 1, 1, eos]])
+  tokens = np.array([[9, 1, 1, eos], [9, 1, 7, 0], [9, 1, 1, 1], [9, 1, 1, eos]])
   mask = np.array([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1]], bool)
   read = lambda tokens, mask: ["x" * row.sum() for row in (tokens == 1) & mask]
   compare = generative_rm.compare_in_pairs(Judge(by_length), STYLE)
-  score = rankers.make_score_fn(compare, [example("a"), example("b")], read, eos=eos)
+  score = rankers.make_score_fn(
+    compare, [example("a"), example("b")], read, stops=(eos, 7)
+  )
   scores, valid = score({"example_ids": np.array([1, 0])}, Sampled(tokens, mask))
   np.testing.assert_array_equal(scores, np.array([2, 1, NAN, NAN], np.float32))
   np.testing.assert_array_equal(valid, [True, True, False, False])

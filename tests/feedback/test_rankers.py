@@ -153,7 +153,7 @@ def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
   ask = lambda queries: [None if q.video == "a.mp4" else said_in_order(q.prompt)
                          for q in queries]  # fmt: skip
   examples = [example("c"), *EXAMPLES]
-  score = rankers.make_score_fn(rankers.listwise_ranker(ask), examples, read, eos=None)
+  score = rankers.make_score_fn(rankers.listwise_ranker(ask), examples, read, stops=())
   asked = {"example_ids": np.array([1, 2])}
   scores, valid = score(asked, Sampled(tokens, tokens >= 0))
   np.testing.assert_array_equal(scores[3:], [-2, 0, -1])

@@ -66,8 +66,13 @@ def ended():
 
 
 def test_stop_penalty_is_for_a_response_without_an_end():
-  got = rewards.compute_stop_penalty(ended(), roles.EOS, penalty=-8.0)
+  batch, other = ended(), 61
+  got = rewards.compute_stop_penalty(batch, (roles.EOS,), penalty=-8.0)
   np.testing.assert_array_equal(got, [0, -8, -8, -8, -8, -8])
+  tokens = batch.tokens.at[4, roles.START].set(other)
+  batch = batch._replace(tokens=tokens)
+  got = rewards.compute_stop_penalty(batch, (roles.EOS, other), penalty=-8.0)
+  np.testing.assert_array_equal(got, [0, -8, -8, -8, 0, -8])
 
 
 def test_length_bonus_counts_response_tokens():
@@ -79,7 +84,7 @@ def test_length_bonus_counts_response_tokens():
 
 def make_score():
   return rewards.make_reward_fn(
-    roles.HEADED, suffix=SUFFIX, eos=roles.EOS, penalty=-8.0, length_coef=-10.0,
+    roles.HEADED, suffix=SUFFIX, stops=(roles.EOS,), penalty=-8.0, length_coef=-10.0,
     max_response_len=roles.NEW,
   )  # fmt: skip
 
@@ -100,7 +105,7 @@ def test_terms_add_up_to_the_score():
   parts = rewards.split_reward_terms(
     scores,
     np.asarray(batch.loss_mask).sum(axis=1),
-    np.asarray(types.has_stop(batch, roles.EOS)),
+    np.asarray(types.has_stop(batch, (roles.EOS,))),
     penalty=-8.0,
     length_coef=-10.0,
     max_response_len=roles.NEW,

@@ -49,6 +49,19 @@ def write_clip(path, seconds=1):
   return path
 
 
+def write_squares(path, count, rate, height, width):
+  """A clip of `count` frames of colored squares, which a codec changes little."""
+  rng = np.random.default_rng(count)
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("mpeg4", rate=rate)
+    stream.width, stream.height = width, height
+    for _ in range(count):
+      pixels = rng.integers(0, 256, (6, 6, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+      frame = av.VideoFrame.from_ndarray(pixels[:height, :width], format="rgb24")
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
 def write_sound(path):
   """A file of sound alone."""
   with av.open(str(path), "w") as container:

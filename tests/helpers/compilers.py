@@ -27,7 +27,7 @@ def check(absent: list[str], environ: Mapping[str, str]) -> None:
     raise pytest.UsageError(
       f"CI runs tests that need {', '.join(absent)}: "
       'pip install -e ".[test,test-compilers]", and see '
-      "tests/helpers/processor_oracle.py"
+      "tests/helpers/processor_oracle.py and tests/helpers/real_model.py"
     )
 
 

@@ -39,7 +39,7 @@ def missing() -> list[str]:
 
 def run_calls(calls: list[Call]) -> list[dict[str, Any]]:
   """Returns the outputs of calls, with NumPy arrays."""
-  path = os.pathsep.join([str(FOLDER), str(REPOSITORY)])
+  path = os.pathsep.join([str(FOLDER), str(REPOSITORY), *filter(None, sys.path)])
   process = subprocess.run(
     [sys.executable, "-c", _ENTRY],
     input=pickle.dumps(calls),

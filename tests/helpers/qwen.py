@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from tests.helpers.checkpoints import shake
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf
 from vlmrlaif_jax.models import layers, projector, qwen3_vl, vlm
 from vlmrlaif_jax.models.decoders import qwen3
@@ -64,18 +65,27 @@ def make_tokenizer():
   )  # fmt: skip
 
 
+def read_ids(tokenizer):
+  """The ids of the tokens around and in place of vision features."""
+  names = ("image_pad", "video_pad", "vision_start", "vision_end")
+  return {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
+
+
+def write_files(folder, tokenizer, size):
+  """Writes a tokenizer and the configs of the processors."""
+  tokenizer.save_pretrained(folder)
+  for name in ("preprocessor_config", "video_preprocessor_config"):
+    settings = {"patch_size": 4, "size": size, "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3}  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(settings))
+
+
 def write_checkpoint(folder):
   """A folder as transformers writes it; returns the model."""
   tokenizer = make_tokenizer()
-  ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in (
-    "image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
-  hf = theirs(build(vocab=len(tokenizer)), ids)
+  hf = theirs(build(vocab=len(tokenizer)), read_ids(tokenizer))
   hf.save_pretrained(folder)
-  tokenizer.save_pretrained(folder)
-  for name in ("preprocessor_config", "video_preprocessor_config"):
-    settings = {"patch_size": 4, "size": PIXELS, "image_mean": [0.5] * 3,
-                "image_std": [0.5] * 3}  # fmt: skip
-    (folder / f"{name}.json").write_text(json.dumps(settings))
+  write_files(folder, tokenizer, PIXELS)
   return hf
 
 
@@ -126,6 +136,47 @@ def pair():
   model = build()
   hf = theirs(model)
   return hf, model, convert(model, hf)
+
+
+def full_config(hf):
+  """The config of a model of transformers, as families.match_config completes it."""
+  config = hf.config.to_dict()
+  tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
+  return {**config, "text_config": {**config["text_config"], **tied}}
+
+
+GRID = (2, 4, 6)
+
+
+def _row(video_id):
+  """A row of text and a video, and the positions and pixels of both models."""
+  tokens = np.array([[1, *[video_id] * 12, 7, 8, 9]])
+  positions = np.tile(np.arange(16)[:, None], (1, 1, 3))
+  pixels = np.random.default_rng(0).normal(size=(48, 96)).astype(np.float32)
+  return tokens, positions, pixels
+
+
+def their_logits(hf):
+  """The logits of transformers for a row with a video."""
+  tokens, positions, pixels = _row(hf.config.video_token_id)
+  with torch.no_grad():
+    out = hf(
+      input_ids=torch.tensor(tokens),
+      position_ids=torch.tensor(np.moveaxis(positions, -1, 0)),
+      pixel_values_videos=torch.tensor(pixels),
+      video_grid_thw=torch.tensor([GRID]),
+    )
+  return out.logits.numpy()
+
+
+def our_logits(model, variables, dtype="float32"):
+  """Our logits for that row, whose features are saved in a dtype."""
+  tokens, positions, pixels = _row(VIDEO_TOKEN)
+  features = encode(model, variables, pixels, GRID).astype(dtype)[None]
+  assert features.shape == (1, 12, *model.vision.feature_shape)
+  mask = np.ones(tokens.shape, bool)
+  batch = Batch(features, tokens, mask, ~mask, positions)
+  return np.asarray(jax.jit(model.apply)(variables, batch))
 
 
 def encode(model, variables, pixels, grid):

@@ -21,6 +21,7 @@ def test_a_test_of_a_function_is_fast():
     ("tests/core/test_distributed.py::test_x", set(), []),
     (LOSS, {"slow"}, []),
     (LOSS, {"compilers"}, []),
+    (LOSS, {"real_model"}, []),
     (LOSS, set(), ["tmp_path", "one"]),
   ],
 )

@@ -34,6 +34,6 @@ def is_fast(nodeid: str, markers: set[str], fixtures: list[str]) -> bool:
   return (
     nodeid.split("/")[1] not in WHOLE_PROGRAMS
     and nodeid.split("::")[0] not in STARTERS
-    and not markers & {"slow", "compilers", "torchvision"}
+    and not markers & {"slow", "compilers", "torchvision", "real_model"}
     and not SHARED_RUNS.intersection(fixtures)
   )

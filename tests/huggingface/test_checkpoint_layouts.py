@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers import checkpoints as made
-from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.huggingface import checkpoint_folders, checkpoint_layouts, convert
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,9 @@ def test_adapter_may_stand_below_and_its_tokenizer_with_its_base(root, tmp_path)
   assert checkpoint_layouts.find_tokenizer_folder(tmp_path / "x") == base
   (below.parent.parent / "tokenizer.json").touch()
   assert checkpoint_layouts.find_tokenizer_folder(tmp_path / "x") == tmp_path / "x"
+  assert checkpoint_folders.find_generation_folder(tmp_path / "x") == base
+  (tmp_path / "x" / "generation_config.json").write_text("{}")
+  assert checkpoint_folders.find_generation_folder(tmp_path / "x") == tmp_path / "x"
 
 
 def test_adapter_whose_base_is_not_there_is_refused(tmp_path):

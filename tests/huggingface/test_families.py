@@ -85,7 +85,7 @@ def test_greedy_text_equals_transformers(root, name):
   tokens = np.where(tokens == made.IMAGE, VIDEO_TOKEN, tokens)
   prompts = text_batch(pixels[:, None], tokens, mask, mask & False)
   sample = functools.partial(
-    generate, model, max_new=NEW, temperature=0.0, eos=99, pad=0, vocab=made.IMAGE
+    generate, model, max_new=NEW, temperature=0.0, stops=(99,), pad=0, vocab=made.IMAGE
   )
   got = jax.jit(sample)(
     variables, jax.tree.map(jnp.asarray, prompts), jax.random.key(0)

@@ -17,7 +17,7 @@ from vlmrlaif_jax.training.update import init_state, make_update
 
 FILES = pathlib.Path(methods.__path__[0]).glob("[!_]*.py")
 METHODS = sorted(path.stem for path in FILES)
-SAMPLING = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+SAMPLING = dict(max_new=roles.NEW, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB)
 GIVEN = {"ppo": SAMPLING, "grpo": SAMPLING}  # What a method is told beside its config.
 DATA = {
   Batch: roles.answered,

@@ -9,7 +9,7 @@ import pytest
 from tests.methods import roles
 from vlmrlaif_jax.models import clip
 
-SAMPLING = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+SAMPLING = dict(max_new=roles.NEW, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB)
 
 
 class Encoded(Exception):

@@ -86,7 +86,7 @@ def made(**settings):
   given = {"samples": G, "truncated_responses": "keep", "old_logps": "computed"}
   config = roles.config_of(grpo, **{**given, **settings})
   parts = roles.PARTS._replace(policy=Bigrams, score=judge)
-  return grpo.make(config, parts, max_new=NEW, eos=EOS, pad=PAD, vocab=VOCAB)
+  return grpo.make(config, parts, max_new=NEW, stops=(EOS,), pad=PAD, vocab=VOCAB)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def test_groups_of_a_real_model_start_at_a_ratio_of_one():
     config,
     MethodModels(policy=model, score=score),
     max_new=roles.NEW,
-    eos=roles.EOS,
+    stops=(roles.EOS,),
     pad=roles.PAD,
     vocab=roles.VOCAB,
   )
@@ -56,7 +56,9 @@ def test_a_step_on_four_devices_is_that_of_rows_on_one():
     config.shared_prefix = shared
     policy = model.clone(llm=small.clone(remat=remat))
     parts = MethodModels(policy=policy, score=jax.jit(roles.score_all))
-    sizes = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+    sizes = dict(
+      max_new=roles.NEW, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB
+    )
     return grpo.make(config, parts, **sizes)
 
   mesh = sharding.make_mesh(fsdp=2, tensor=2)

@@ -64,7 +64,7 @@ def trained(folder, async_rollouts):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(_rollout, "generate", generate)
     parts = MethodModels(policy=Bigrams, score=even)
-    method = grpo.make(config, parts, max_new=NEW, eos=EOS, pad=PAD, vocab=VOCAB)
+    method = grpo.make(config, parts, max_new=NEW, stops=(EOS,), pad=PAD, vocab=VOCAB)
     tx = optax.adam(0.05)
     with StageLog(folder, "toy", STEPS, stream=io.StringIO()) as log:
       job = TrainingJob(

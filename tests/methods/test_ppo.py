@@ -12,7 +12,7 @@ from vlmrlaif_jax.methods import ppo
 from vlmrlaif_jax.sampling.generate import generate
 
 KEY = jax.random.key(3)
-SAMPLING = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+SAMPLING = dict(max_new=roles.NEW, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB)
 PLAIN = dict(gamma=1.0, lam=1.0, whiten_advantages=False)
 
 

@@ -121,7 +121,7 @@ def questions():
 def results(*sizes):
   """Logits, LoRA's gradient, and what is sampled, on a mesh of these sizes."""
   model = quantised_vlm()
-  settings = dict(max_new=3, temperature=1.0, eos=2, pad=0, samples=2)
+  settings = dict(max_new=3, temperature=1.0, stops=(2,), pad=0, samples=2)
 
   @jax.jit
   def compute(variables, batch):

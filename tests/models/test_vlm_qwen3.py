@@ -1,4 +1,7 @@
-"""A whole Qwen3-VL against transformers: rows of several grids, padded on the left."""
+"""A whole Qwen3-VL against transformers: rows of several grids, padded on the left.
+
+The first row has a video, and an image within its question; the second has a video.
+"""
 
 import functools
 
@@ -28,57 +31,66 @@ VIDEOS = [
   Visual(Grid(2, 4, 6), (0.0, 0.5, 1.0, 1.5)),
   Visual(Grid(3, 4, 4), (0.0,) * 6),
 ]
+IMAGE = Visual(Grid(1, 4, 4))
+ROWS = [[VIDEOS[0], [7, 8], IMAGE, [9, 10]], [VIDEOS[1], [11, 12]]]
 CHANNELS = 6 * 4**2
-TIME, VIDEO_LEN = 40, 16  # 12 tokens of each video, and padding.
+TIME, VIDEO_LEN = 40, 16  # 12 tokens of each video, 4 of the image, and padding.
 
 
-def ids_of(visual, question):
-  """Numbers for the text; a video's placeholders as VIDEO_TOKEN."""
-  ids = [1]
+def ids_of(visual):
+  """Numbers for the text of a video; its placeholders as VIDEO_TOKEN."""
+  ids = []
   for part in PROCESSOR.write_text(visual):
     if isinstance(part, int):
       ids += [VIDEO_TOKEN] * part
     else:
       times = [5, 6] if "seconds" in part else []
       ids += [*times, qwen.VISION_START] if "start" in part else [qwen.VISION_END]
-  return ids + question
+  return ids
 
 
-def pixels_of(number):
-  patches = np.prod(VIDEOS[number].grid)
-  return np.random.default_rng(number).normal(size=(patches, CHANNELS)).astype("f4")
+def pixels_of(visual):
+  patches = np.prod(visual.grid)
+  return np.random.default_rng(patches).normal(size=(patches, CHANNELS)).astype("f4")
 
 
 @pytest.fixture(scope="module")
 def batch():
-  """Two rows, whose videos have other grids and whose questions have other lengths."""
+  """Two rows, whose videos have other grids and numbers, and other questions."""
   _, model, variables = qwen.pair()
   tokens, mask = np.zeros((2, TIME), int), np.zeros((2, TIME), bool)
   positions = np.zeros((2, TIME, 3), int)
   features = np.full((2, VIDEO_LEN, *model.vision.feature_shape), 9.0, np.float32)
-  for i, question in enumerate(([7, 8, 9, 10], [11, 12])):
-    ids = ids_of(VIDEOS[i], question)
+  for i, row in enumerate(ROWS):
+    media = [part for part in row if isinstance(part, Visual)]
+    ids = [1]
+    for part in row:
+      ids += ids_of(part) if part in media else part
     here = slice(TIME - len(ids), TIME)
     tokens[i, here], mask[i, here] = ids, True
-    blocks = lay_out(PROCESSOR, VIDEOS[i]).blocks
+    blocks = lay_out(PROCESSOR, *media).blocks
     positions[i, here] = make_positions(np.array(ids) == VIDEO_TOKEN, blocks, axes=3)
-    encoded = qwen.encode(model, variables, pixels_of(i), VIDEOS[i].grid)
-    features[i, : len(encoded)] = encoded
+    encoded = [qwen.encode(model, variables, pixels_of(x), x.grid) for x in media]
+    features[i, : sum(map(len, encoded))] = np.concatenate(encoded)
   return Batch(*map(jnp.asarray, (features, tokens, mask, mask & False, positions)))
 
 
 def their_logits(batch):
   """The logits of each real token, from pixels."""
   hf, _, _ = qwen.pair()
-  tokens = np.asarray(batch.tokens, np.int64)
-  tokens = np.where(tokens == VIDEO_TOKEN, qwen.VIDEO_PAD, tokens)
+  kinds = 2 * (np.asarray(batch.tokens) == VIDEO_TOKEN)  # 2 is a video, 1 an image.
+  kinds[0, np.flatnonzero(kinds[0])[-4:]] = 1
+  names = np.array([0, qwen.IDS["image_pad"], qwen.VIDEO_PAD])[kinds]
+  tokens = np.where(kinds, names, np.asarray(batch.tokens, np.int64))
   with torch.no_grad():
     out = hf(
       input_ids=torch.tensor(tokens),
       attention_mask=torch.tensor(np.asarray(batch.mask)).long(),
-      pixel_values_videos=torch.tensor(np.concatenate([pixels_of(0), pixels_of(1)])),
+      pixel_values_videos=torch.tensor(np.concatenate(list(map(pixels_of, VIDEOS)))),
       video_grid_thw=torch.tensor([v.grid for v in VIDEOS]),
-      mm_token_type_ids=torch.tensor(2 * (np.asarray(batch.tokens) == VIDEO_TOKEN)),
+      pixel_values=torch.tensor(pixels_of(IMAGE)),
+      image_grid_thw=torch.tensor([IMAGE.grid]),
+      mm_token_type_ids=torch.tensor(kinds),
     )
   return out.logits.numpy()[np.asarray(batch.mask)]
 

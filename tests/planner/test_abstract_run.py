@@ -131,7 +131,7 @@ def test_a_model_that_is_not_known_is_refused(tiny_settings):
     abstract_run.create_abstract_run(config, sharding.make_mesh())
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava_next_video"])
 def test_a_config_of_another_family_is_an_error_that_names_it(
   tiny_settings, tmp_path, model_type
 ):

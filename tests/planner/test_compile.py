@@ -67,7 +67,7 @@ def test_groups_of_eight_are_compared_on_a_tpu(name, monkeypatch):
 
   def weigh(sampled, scores, valid):
     parts = MethodModels(score=lambda frozen, batch: (scores, valid))
-    method = grpo.make(config, parts, max_new=128, eos=2, pad=0, vocab=9)
+    method = grpo.make(config, parts, max_new=128, stops=(2,), pad=0, vocab=9)
     frozen = {"policy": {"x": 1.0}, "ref": {"x": 0.5}}
     return method.collect.finish({"policy": {}}, frozen, sampled, ignore_phase)
 

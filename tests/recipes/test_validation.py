@@ -18,7 +18,7 @@ from vlmrlaif_jax.stages.training import ppo
 RECIPES = sorted(
   path.stem
   for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
-  if path.stem not in ("__init__", "front", "pretrain", "prices")
+  if path.stem not in ("__init__", "front", "pretrain", "prices", "published")
 )
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 

@@ -1,12 +1,16 @@
 """Clips, captions and narratives: each frame in one clip, each clip captioned once."""
 
-import types
+import pathlib
 
 import pytest
 from ml_collections import ConfigDict
 
+from tests.helpers import qwen
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.features import FeatureStore
+from vlmrlaif_jax.data.processors.interface import Grid, Visual
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
 from vlmrlaif_jax.runtime import answering, captioning
@@ -45,6 +49,26 @@ def test_clips_are_chosen_by_the_context(mode, count, chosen):
 # Captions. The captioner names the frames it was shown.
 
 
+def make_run(processor, layouts, **label):
+  """A run without a model, about videos of these layouts, in clips of four frames."""
+  label = (
+    dict(caption_prompt_len=99, caption_max_new=8, caption_temperature=0.0) | label
+  )
+  config = dict(seed=0, model=dict(clip_frames=4, prompts="brief"), label=label)
+  files = {name: pathlib.Path(f"{name}.npy") for name in layouts}
+  return Run(**dict.fromkeys(Run._fields))._replace(
+    config=ConfigDict(config),
+    processor=processor,
+    features=FeatureStore(files, layouts, {}, {}),
+    tokenizer=qwen.make_tokenizer(),
+    template=tokenization.get_template("chat_template"),
+  )
+
+
+def make_examples(videos):
+  return [{"id": f"{video}_1", "video": video} for video in videos]
+
+
 @pytest.fixture
 def narratives(tmp_path, monkeypatch):
   """A function of videos to their narratives; `calls` has the clips of each call."""
@@ -55,20 +79,16 @@ def narratives(tmp_path, monkeypatch):
     return [[VideoReply(told.say(q), True)] for q in queries]
 
   def told(videos, frames=5):
-    config = dict(
-      seed=0,
-      model=dict(frames=frames, clip_frames=2, prompts="brief"),
-      label=dict(caption_prompt_len=8, caption_max_new=8, caption_temperature=0.0),
-    )
-    run = Run(**dict.fromkeys(Run._fields))._replace(
-      processor=LlavaProcessor(frames, image=16, patch=4),
-      config=ConfigDict(config),
-      features=types.SimpleNamespace(digest=lambda video: video),
-    )
-    examples = [{"video": video} for video in videos]
+    processor = LlavaProcessor(frames, image=16, patch=4)
+    run = make_run(processor, dict.fromkeys(videos, processor.layout))
+    run.config.model.clip_frames = 2
+    return tell(run, videos)
+
+  def tell(run, videos):
+    examples = make_examples(videos)
     return captioning.caption_videos(run, {}, examples, told.path, which="all", batch=4)
 
-  told.path, told.calls = tmp_path / "captions.jsonl", []
+  told.path, told.calls, told.tell = tmp_path / "captions.jsonl", [], tell
   told.say = lambda query: f"{query.video}{query.start}-{query.stop}."
   monkeypatch.setattr(answering, "answer_requests", answer)
   return told
@@ -113,12 +133,53 @@ def test_no_videos_tell_nothing(narratives):
   assert (narratives([]), narratives.calls) == ([], [])
 
 
-def test_clips_of_videos_with_layouts_of_their_own_are_refused(tmp_path):
-  config = ConfigDict(
-    dict(model=dict(frames=5, clip_frames=2, path="qwen"), label=dict())
-  )
-  run = Run(**dict.fromkeys(Run._fields))._replace(
-    config=config, processor=Qwen3VLProcessor()
-  )
-  with pytest.raises(UserError, match="label.context=none"):
-    captioning.caption_videos(run, {}, [], tmp_path, which="all", batch=1)
+# Videos with layouts of their own: temporal patches of two frames, one in a second.
+
+
+def make_layout(patches):
+  seconds = tuple(i / 2 for i in range(2 * patches - patches % 2))
+  return Visual(Grid(patches, 8, 8), seconds, 2.0)
+
+
+LAYOUTS = {"short": make_layout(1), "odd": make_layout(3), "long": make_layout(4)}
+
+
+def test_clips_of_videos_with_layouts_of_their_own_are_temporal_patches(narratives):
+  run = make_run(Qwen3VLProcessor(), LAYOUTS)
+  assert narratives.tell(run, LAYOUTS) == [
+    "short0-1.", "odd0-2. odd2-3.", "long0-2. long2-4."
+  ]  # fmt: skip
+  (asked,) = narratives.calls  # Of one shape, whatever the lengths.
+  assert len(asked) == 5
+
+
+def test_a_clip_has_one_patch_where_that_has_more_frames():
+  run = make_run(Qwen3VLProcessor(), LAYOUTS)
+  run.config.model.clip_frames = 1
+  clips = captioning.select_clips(run, "odd", "all")
+  assert [clip[1:] for clip in clips] == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_clips_have_the_times_of_the_video():
+  run = make_run(Qwen3VLProcessor(), LAYOUTS)
+  (*_, last) = captioning.select_clips(run, "long", "all")
+  text = run.lay_out_video("long", last.start, last.stop).texts[0]
+  assert [part for part in text if "seconds" in str(part)] == [
+    "<2.2 seconds><|vision_start|>", "<3.2 seconds><|vision_start|>"
+  ]  # fmt: skip
+
+
+def test_prompt_that_does_not_fit_is_an_error_that_names_its_record(narratives):
+  run = make_run(Qwen3VLProcessor(), LAYOUTS)
+  tokens = run.lay_out_video("odd", 0, 2)
+  row = answering.encode_prompt(run, [(run.prompts.caption, None)], tokens)
+  run.config.label.caption_prompt_len = len(row.ids)
+  examples = make_examples(LAYOUTS)
+  captioning.check_clips(run, examples, "all")
+  run.config.label.caption_prompt_len -= 1
+  said = f"{len(row.ids)} tokens for the clip 0-2 of the video of odd_1"
+  with pytest.raises(UserError, match=said):
+    captioning.check_clips(run, examples, "all")
+  with pytest.raises(UserError, match=said):
+    narratives.tell(run, LAYOUTS)
+  assert narratives.calls == []

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import small
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.runtime import loading
+from vlmrlaif_jax.runtime import loading, scoring, video
 
 
 @pytest.fixture
@@ -58,6 +58,24 @@ def test_videos_of_which_none_can_be_read_are_refused(refused, rows, tmp_path):
   said = refused(data__records=path)
   assert f"no video of the {len(rows)} records of the split 'sft' can be read" in said
   assert "for example of" in said and "data.videos" in said
+
+
+def test_a_model_that_reads_one_video_refuses_several_by_name(
+  tiny_settings, rows, tmp_path
+):
+  several = {"id": "both", "video": [row["video"] for row in rows[:2]],
+             "question": "Which is longer?", "answer": "The first."}  # fmt: skip
+  path, lines = write(tmp_path / "a.json", [*rows, several]), []
+  made = small.config({**tiny_settings, "data.records": str(path)}, ("sft_short",))
+  run = loading.create_run(made, tmp_path / "run", note=lines.append)
+  assert [e["id"] for e in run.splits.sft] == [row["id"] for row in rows]
+  assert "both: it has 2 videos and images, but" in "\n".join(lines)
+  pair = {"id": "p", "video": several["video"], "question": "A?", "chosen": "a",
+          "rejected": "b"}  # fmt: skip
+  jsonl.write_records(tmp_path / "p.jsonl", [pair])
+  pairs, _ = video.read_run_preferences(run, tmp_path / "p.jsonl")
+  scorable, [problem] = scoring.select_scorable(run, pairs)
+  assert scorable == [] and "reads one per conversation" in problem.reason
 
 
 def test_answers_that_are_all_too_long_are_refused(refused):

@@ -141,16 +141,15 @@ def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
   assert again.features.files == run.features.files
 
 
-def test_records_whose_video_fails_are_told_of_once(tmp_path):
+def test_records_whose_video_fails_are_told_of_once(run, tmp_path):
   good, bad = str(tmp_path / "good.mp4"), str(tmp_path / "bad.mp4")
   store = features.FeatureStore(
     {good: tmp_path / "x.npy"}, {}, {bad: "it is broken"}, {}
   )
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   # The prompts are those of SFT, as they are unless a file of their own is given.
-  splits, problems = loading._drop_failures(
-    pipeline.Splits(sft, sft, [{"id": "d", "video": bad}]), store
-  )
+  given = pipeline.Splits(sft, sft, [{"id": "d", "video": bad}])
+  splits, problems = loading._drop_failures(run._replace(features=store), given)
   assert [e["id"] for e in splits.sft] == [e["id"] for e in splits.prompts] == ["a"]
   assert splits.benchmark == []
   assert [problem.id for problem in problems] == ["b", "d"]
@@ -164,7 +163,7 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
   pooled = run.policy.apply(
     run.base, features, method=lambda m, x: projector.pool_video(m.projector(x))
   )
-  assert run.lay_out_video(video).text == [pooled.shape[1], "\n"]
+  assert run.lay_out_video(video).texts == [[pooled.shape[1], "\n"]]
 
 
 # What is trained.

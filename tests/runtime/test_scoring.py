@@ -37,8 +37,8 @@ def ppo_rows(one, examples):
   tokens, mask = widen(rows.tokens, tok.pad_token_id), widen(rows.mask, False)
   loss_mask = np.zeros_like(mask)
   for i, said in enumerate(TEXTS):
-    ids = [*tokenization.encode_suffix(tok, f" {said}"), one.eos] if said else None
-    ids = (ids or [one.eos])[: data.response_len]
+    ids = [*tokenization.encode_suffix(tok, f" {said}"), one.stops[0]] if said else None
+    ids = (ids or [one.stops[0]])[: data.response_len]
     here = slice(data.prompt_len, data.prompt_len + len(ids))
     tokens[i, here], mask[i, here], loss_mask[i, here] = ids, True, True
   video = one.features.stack(e["video"] for e in examples)
@@ -58,7 +58,7 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   variables = role_params.load_reward_model(one)
   suffix = tuple(tokenization.encode_suffix(one.tokenizer, one.prompts.reward))
   score = rewards.make_reward_fn(
-    one.reward_model, suffix=suffix, eos=one.eos, penalty=0.0,
+    one.reward_model, suffix=suffix, stops=one.stops, penalty=0.0,
     length_coef=0.0, max_response_len=one.config.data.response_len,
   )  # fmt: skip
   in_ppo, _ = jax.jit(score)({"reward": variables}, jax.tree.map(jnp.asarray, ppo_rows))

@@ -49,7 +49,7 @@ def make(folder, mesh, *, watch=NO_MONITOR):
     patch.setattr(video, "VIDEOS_PER_DEVICE", BATCH)
     run = Run(
       config=config, workdir=folder, mesh=mesh, policy=policy, reward_model=policy,
-      base=base, reward_model_base=base, tokenizer=None, template=None, eos=0,
+      base=base, reward_model_base=base, tokenizer=None, template=None, stops=(0,),
       splits=pipeline.Splits(),
       features=features.FeatureStore({}, {}, {}, {}), watch=watch,
       processor=LlavaProcessor(1, TOWER.image, TOWER.patch),

@@ -35,7 +35,9 @@ def variables(prompts):
 @functools.cache
 def sampler(**settings):
   settings = (
-    dict(max_new=NEW, temperature=1.0, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+    dict(
+      max_new=NEW, temperature=1.0, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB
+    )
     | settings
   )
   return jax.jit(functools.partial(generate, roles.MODEL, **settings))
@@ -63,14 +65,14 @@ def test_slots_change_nothing_of_what_is_sampled(variables, prompts, few):
 
 def test_slots_change_nothing_at_temperature_0(variables, prompts):
   key = jax.random.key(0)
-  free = sampler(temperature=0.0, eos=-5)(variables, prompts, key)
+  free = sampler(temperature=0.0, stops=(-5,))(variables, prompts, key)
   said = np.asarray(free.batch.tokens[:, -NEW:])
   # The id that the likeliest responses reach at the most different places.
   ends = {eos: np.cumsum(said == eos, axis=1) - (said == eos) == 0
           for eos in range(roles.VOCAB)}  # fmt: skip
   eos = max(ends, key=lambda eos: len(set(ends[eos].sum(axis=1))))
   assert len(set(ends[eos].sum(axis=1))) > 2
-  got = sampler(temperature=0.0, eos=eos, slots=8)(variables, prompts, key)
+  got = sampler(temperature=0.0, stops=(eos,), slots=8)(variables, prompts, key)
   want = np.where(ends[eos], said, roles.PAD)
   np.testing.assert_array_equal(got.batch.tokens[:, -NEW:], want)
 
@@ -112,7 +114,9 @@ def test_rollouts_are_sampled_in_as_many_slots_as_the_config_says(module, monkey
   config = roles.config_of(module)
   assert config.slots == 0
   config.slots = 5
-  lengths = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+  lengths = dict(
+    max_new=roles.NEW, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB
+  )
   method = module.make(config, roles.PARTS, **lengths)
   jax.eval_shape(method.collect, jax.random.key(0), *roles.roles(), roles.prompts())
   assert seen == [5]

@@ -49,7 +49,7 @@ def variables():
 
 @functools.cache
 def sampler(**settings):
-  settings = dict(max_new=NEW, temperature=1.0, eos=EOS, pad=PAD) | settings
+  settings = dict(max_new=NEW, temperature=1.0, stops=(EOS,), pad=PAD) | settings
   return jax.jit(functools.partial(generate, MODEL, **settings))
 
 
@@ -76,7 +76,7 @@ def test_logps_equal_those_of_a_full_forward(variables, temperature):
 def test_layers_that_are_unstacked_once_sample_the_same(variables):
   unstacked = MODEL.clone(llm=MODEL.llm.clone(unstack=True))
   assert "lora" in variables and unstacked.apply(variables, method="unstack_layers")
-  settings = dict(max_new=NEW, temperature=1.0, eos=EOS, pad=PAD)
+  settings = dict(max_new=NEW, temperature=1.0, stops=(EOS,), pad=PAD)
   sample = jax.jit(functools.partial(generate, unstacked, **settings))
   got = sample(variables, prompts_of(ROWS), jax.random.key(0))
   want = sampler()(variables, prompts_of(ROWS), jax.random.key(0))
@@ -87,7 +87,7 @@ def test_layers_that_are_unstacked_once_sample_the_same(variables):
 def test_greedy_is_the_argmax_of_a_full_forward_step_by_step(variables):
   prompts = prompts_of(ROWS)
   got = responses(
-    sampler(temperature=0.0, eos=-5)(variables, prompts, jax.random.key(0))
+    sampler(temperature=0.0, stops=(-5,))(variables, prompts, jax.random.key(0))
   )
   widen = lambda x: jnp.pad(x, [(0, 0), (0, NEW)])
   every = jnp.ones((len(ROWS), NEW), bool)
@@ -109,20 +109,23 @@ def test_greedy_is_the_argmax_of_a_full_forward_step_by_step(variables):
 def greedy_eos(variables):
   """An id that greedy decoding reaches in the middle of some response."""
   free = responses(
-    sampler(temperature=0.0, eos=-5)(variables, prompts_of(ROWS), jax.random.key(0))
+    sampler(temperature=0.0, stops=(-5,))(
+      variables, prompts_of(ROWS), jax.random.key(0)
+    )
   )
   return free, int(free[0, 2])
 
 
-def test_a_response_ends_at_eos_and_is_padded(variables):
+def test_a_response_ends_at_the_first_of_two_ids_and_is_padded(variables):
   free, eos = greedy_eos(variables)
-  out = sampler(temperature=0.0, eos=eos)(
+  other = next(token for token in free[1, 1:] if token not in free[0])
+  out = sampler(temperature=0.0, stops=(eos, int(other)))(
     variables, prompts_of(ROWS), jax.random.key(0)
   )
   for row, plain, mask in zip(
     responses(out), free, out.batch.loss_mask[:, START:], strict=True
   ):
-    ends = np.flatnonzero(plain == eos)
+    ends = np.flatnonzero((plain == eos) | (plain == other))
     length = ends[0] + 1 if len(ends) else NEW
     np.testing.assert_array_equal(row[:length], plain[:length])
     np.testing.assert_array_equal(row[length:], PAD)
@@ -132,7 +135,7 @@ def test_a_response_ends_at_eos_and_is_padded(variables):
 def test_stopping_early_changes_nothing(variables):
   # One row alone stops the loop at its end; beside longer rows the loop goes on.
   _, eos = greedy_eos(variables)
-  settings = dict(temperature=0.0, eos=eos)
+  settings = dict(temperature=0.0, stops=(eos,))
   alone = sampler(**settings)(variables, prompts_of(ROWS[:1]), jax.random.key(0))
   beside = sampler(**settings)(variables, prompts_of(ROWS), jax.random.key(0))
   assert responses(alone)[0, -1] == PAD
@@ -178,7 +181,7 @@ def test_the_key_decides(variables):
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(variables):
-  run = sampler(temperature=5.0, vocab=4, samples=8, eos=-5)
+  run = sampler(temperature=5.0, vocab=4, samples=8, stops=(-5,))
   assert responses(run(variables, prompts_of(ROWS), jax.random.key(0))).max() == 3
 
 
@@ -195,7 +198,9 @@ def test_pixels_are_encoded(variables):
 
 def test_prompts_of_one_shape_compile_once(variables):
   run = jax.jit(
-    functools.partial(generate, MODEL, max_new=2, temperature=1.0, eos=EOS, pad=PAD)
+    functools.partial(
+      generate, MODEL, max_new=2, temperature=1.0, stops=(EOS,), pad=PAD
+    )
   )
   for rows, key in ((ROWS, 0), (ROWS[::-1], 1)):
     run(variables, prompts_of(rows), jax.random.key(key))
@@ -247,7 +252,7 @@ def test_greedy_equals_transformers_generate():
   shapes = jax.eval_shape(lambda: variables["params"]["llm"])
   llm = convert_from_hf(llama.HF, tensors, shapes)
   variables = {"params": {**variables["params"], "llm": llm}}
-  run = sampler(temperature=0.0, max_new=12, eos=-5)
+  run = sampler(temperature=0.0, max_new=12, stops=(-5,))
   got = run(variables, prompts, jax.random.key(0)).batch.tokens
   assert len(np.unique(want[:, 6:])) > 6  # Or a constant model would pass.
   np.testing.assert_array_equal(got, want)

@@ -60,7 +60,7 @@ def variables():
 
 @functools.cache
 def sampler(**settings):
-  fixed = dict(max_new=NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+  fixed = dict(max_new=NEW, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB)
   fixed |= dict(temperature=1.0, samples=SAMPLES)
   return jax.jit(functools.partial(generate, MODEL, **{**fixed, **settings}))
 

@@ -5,7 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -23,18 +22,7 @@ CLIPS = {  # Name -> (frames, rate, height, width).
 }
 ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
-
-
-def write_clip(path, count, rate, height, width):
-  rng = np.random.default_rng(count)
-  with av.open(str(path), "w") as container:
-    stream = container.add_stream("mpeg4", rate=rate)
-    stream.width, stream.height = width, height
-    for _ in range(count):
-      pixels = rng.integers(0, 256, (6, 6, 3), np.uint8).repeat(20, 0).repeat(20, 1)
-      frame = av.VideoFrame.from_ndarray(pixels[:height, :width], format="rgb24")
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode())
+LIMITS = dict(fps=1.5, max_frames=3, max_pixels=3000)  # Of the command.
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +31,38 @@ def made(tmp_path_factory):
   folder = tmp_path_factory.mktemp("qwen")
   hf = qwen.write_checkpoint(folder)
   for name, clip in CLIPS.items():
-    write_clip(folder / f"{name}.mp4", *clip)
+    chats.write_squares(folder / f"{name}.mp4", *clip)
   return hf, folder
+
+
+def open_folder(folder, lines):
+  model = run_lib.default_config()
+  model.update(
+    template="",
+    prompts="brief",
+    frames=8,
+    clip_frames=8,
+    lora_rank=0,
+    lora_alpha=1.0,
+    grids="exact",
+  )
+  return chat_session.open_model(
+    str(folder), model, chats.mesh(), max_prompt=4096, note=lines.append
+  )
 
 
 @pytest.fixture(scope="module")
 def talk(made):
-  model = run_lib.default_config()
-  model.update(
-    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
-  )
-  return chat_session.open_model(
-    str(made[1]), model, chats.mesh(), max_prompt=4096, note=lambda line: None
-  )
+  return open_folder(made[1], [])
+
+
+def answer(talk, video):
+  """(the clip, our greedy answer)."""
+  clip = chat_clip.read_clip(talk, video, chat_clip.ClipLimits())
+  request = chat_stream.ChatQuestion(QUESTION, max_tokens=64)
+  *_, last = chat_stream.stream_side_by_side(talk, clip, {}, request)
+  (answers,) = last.values()
+  return clip, answers
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +73,18 @@ def prompts(made):
   text = tokenizer.apply_chat_template(
     [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
   )
-  settings = dict(size=qwen.PIXELS, patch_size=4)
-  for name, (count, rate, *_) in CLIPS.items():
+  plain = dict(size=qwen.PIXELS, patch_size=4)
+  size = {"shortest_edge": 256, "longest_edge": LIMITS["max_pixels"]}
+  limited = plain | dict(size=size, fps=LIMITS["fps"], max_frames=LIMITS["max_frames"])
+  cases = {name: (name, plain) for name in CLIPS} | {"limited": ("wide", limited)}
+  for name, settings in cases.values():
+    count, rate, *_ = CLIPS[name]
     frames = video.decode_video(made[1] / f"{name}.mp4", count)
     metadata = dict(total_num_frames=count, fps=float(rate))
     calls.append(Call(
       "Qwen3VLProcessor",
       dict(
-        image_processor=Call("Qwen2VLImageProcessor", settings),
+        image_processor=Call("Qwen2VLImageProcessor", plain),
         video_processor=Call("Qwen3VLVideoProcessor", settings),
         tokenizer=Call("PreTrainedTokenizerFast",
                        dict(tokenizer_object=tokenizer.backend_tokenizer)),
@@ -81,34 +92,44 @@ def prompts(made):
       dict(text=[text], videos=[frames],
            videos_kwargs=dict(video_metadata=[metadata])),
     ))  # fmt: skip
-  return dict(zip(CLIPS, run_calls(calls), strict=True))
+  return dict(zip(cases, run_calls(calls), strict=True))
 
 
-def say(hf, given):
-  """The greedy answer of transformers."""
-  tokenizer = qwen.make_tokenizer()
+def generate(hf, given, **settings):
+  """The ids of the greedy answer of transformers."""
   inputs = {key: torch.tensor(value) for key, value in given.items()}
+  pad = qwen.make_tokenizer().pad_token_id
   with torch.no_grad():
     out = hf.generate(
-      **inputs, max_new_tokens=64, do_sample=False,
-      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-  said = out[0, inputs["input_ids"].shape[1] :]
+      **inputs, max_new_tokens=64, do_sample=False, pad_token_id=pad, **settings
+    )
+  return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def say(hf, given, **settings):
+  """The greedy answer of transformers."""
+  tokenizer = qwen.make_tokenizer()
+  settings = settings or {"eos_token_id": tokenizer.eos_token_id}
+  said = generate(hf, given, **settings)
   return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 @pytest.mark.torchvision
-def test_the_command_prints_the_answer_of_transformers(made, prompts):
+def test_the_command_with_limits_prints_the_answer_of_transformers(made, prompts):
   hf, folder = made
   process = subprocess.run(
     [sys.executable, "launch/chat.py", f"--model={folder}",
      f"--video={folder / 'wide.mp4'}", f"--prompt={QUESTION}", "--temperature=0",
-     "--max_tokens=64", "--dtype=float32"],
+     "--max_tokens=64", "--dtype=float32",
+     *(f"--{name}={value}" for name, value in LIMITS.items())],
     cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
     text=True,
   )  # fmt: skip
   assert process.returncode == 0, process.stderr[-3000:]
-  assert process.stdout.strip() == f"{folder.name}: {say(hf, prompts['wide'])}".strip()
+  grids = [prompts[name]["video_grid_thw"].tolist() for name in ("limited", "wide")]
+  assert grids[0] != grids[1]
+  want = say(hf, prompts["limited"])
+  assert process.stdout.strip() == f"{folder.name}: {want}".strip()
 
 
 @pytest.mark.torchvision
@@ -116,13 +137,44 @@ def test_the_command_prints_the_answer_of_transformers(made, prompts):
 def test_greedy_answers_equal_transformers(made, talk, prompts, name):
   hf, folder = made
   tokenizer, given = qwen.make_tokenizer(), prompts[name]
-  clip = chat_clip.read_clip(talk, folder / f"{name}.mp4", chat_clip.ClipLimits())
-  assert list(clip.layout.grid) == given["video_grid_thw"][0].tolist()
+  clip, answers = answer(talk, folder / f"{name}.mp4")
+  assert list(clip.layouts[0].grid) == given["video_grid_thw"][0].tolist()
   batch = chat_stream._encode_conversation(talk, clip, (), QUESTION)
   ids = batch.tokens[batch.mask]
   pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
   np.testing.assert_array_equal(np.where(ids < 0, pad, ids), given["input_ids"][0])
-  request = chat_stream.ChatQuestion(QUESTION, max_tokens=64)
-  *_, last = chat_stream.stream_side_by_side(talk, clip, {}, request)
-  (answers,) = last.values()
   assert answers.texts[0] == say(hf, given)
+
+
+@pytest.fixture(scope="module")
+def second(made, prompts, tmp_path_factory):
+  """A checkpoint whose answer about "short" ends with the second of two EOS ids.
+
+  <|endoftext|> has the embedding of a token of the answer, a little longer. So it is
+  said in the place of that token.
+  """
+  folder, tokenizer = tmp_path_factory.mktemp("second"), qwen.make_tokenizer()
+  hf = qwen.write_checkpoint(folder)
+  stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+  said = generate(hf, prompts["short"], eos_token_id=stops)
+  token = next(i for n, i in enumerate(said) if n > 3 and i not in said[:n])
+  rows = hf.get_input_embeddings().weight
+  with torch.no_grad():
+    rows[stops[1]] = 1.01 * rows[token]
+  hf.generation_config.update(eos_token_id=stops, repetition_penalty=1.3)
+  hf.save_pretrained(folder)
+  want = generate(hf, prompts["short"], repetition_penalty=1.0)
+  assert want == [*said[: said.index(token)], stops[1]]
+  return hf, folder, stops
+
+
+@pytest.mark.torchvision
+def test_an_answer_ends_with_the_second_eos_as_in_transformers(made, second, prompts):
+  hf, folder, stops = second
+  lines = []
+  talk = open_folder(folder, lines)
+  assert talk.run.stops == tuple(stops)
+  _, answers = answer(talk, made[1] / "short.mp4")
+  assert answers.texts == [say(hf, prompts["short"], repetition_penalty=1.0)]
+  assert answers.stopped == [True]
+  assert "not used" in lines[0] and "repetition_penalty=1.3" in lines[0]

@@ -120,7 +120,7 @@ def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, to
 def test_a_part_of_a_clip_is_within_a_limit_that_the_clip_exceeds(talk, tmp_path):
   part = f"{chats.write_clip(tmp_path / 'clip.mp4')}#t=0.2,0.5"
   clip = chat_clip.read_clip(talk, part, ClipLimits(max_seconds=0.5))
-  assert len(clip.features) == clip.layout.grid.time == 3
+  assert len(clip.features) == clip.layouts[0].grid.time == 3
 
 
 def test_what_is_not_there_is_refused(tmp_path):
@@ -156,7 +156,7 @@ def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
 def generated(talk, name, clip, history, asked):
   """(text, whether it ended) of what `generate` samples."""
   run = talk.run
-  video = lay_out(run.processor, clip.layout)
+  video = lay_out(run.processor, *clip.layouts)
   row = answering.encode_prompt(run, [*history, (asked.question, None)], video)
   columns = tokenization.pad_rows(
     [row], prompt_len=128, response_len=0, pad=run.tokenizer.pad_token_id

@@ -133,7 +133,7 @@ def test_greedy_answers_are_the_same(run, variables, hf):
       jax.random.key(0),
       max_new=64,
       temperature=0.0,
-      eos=-5,
+      stops=(-5,),
       pad=0,
     )
   )

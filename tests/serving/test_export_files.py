@@ -85,7 +85,7 @@ def test_generation_stops_where_the_policy_does_and_nowhere_else(exported):
   base, template, folder = exported
   tokenizer = exports.read_tokenizer(base)
   eos = tokenization.find_eos_id(tokenizer, tokenization.get_template(template))
-  assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == eos
+  assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [eos]
 
 
 @pytest.fixture

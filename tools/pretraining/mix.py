@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from tools.pretraining import scene_texts
 from vlmrlaif_jax.data import prompts, tokenization
-from vlmrlaif_jax.data.processors.llava import lay_out_features
+from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.data.world.scene import CLIP_FRAMES, SCENE_FRAMES, Scene
 
@@ -186,35 +186,39 @@ def _check(scene: Scene, rng: np.random.Generator) -> Task:
 
 def pack(
   tokenizer: tokenization.PreTrainedTokenizerBase,
+  template: tokenization.Template,
   rows: Sequence[Sequence[Task]],
   *,
   length: int,
-  video_tokens: int,
+  videos: Sequence[VideoTokens],
   clips: Sequence[Task] = (),
-  clip_tokens: int = 0,
+  clip_videos: Sequence[VideoTokens] = (),
 ) -> PackedRows:
   """Packs conversations into rows; those that do not fit are dropped.
 
   Args:
     tokenizer: Tokenizer of the model.
+    template: Conversation template of the model.
     rows: Conversations about the video of each row, at least one per row.
     length: Tokens per row.
-    video_tokens: Features per video.
+    videos: Tokens of the video of each row.
     clips: A conversation per row about a part of its video; empty: none.
-    clip_tokens: Features per part.
+    clip_videos: Tokens of the parts.
   """
   shape = (len(rows), length)
-  tokens, positions = np.zeros(shape, np.int32), np.zeros((*shape, 1), np.int32)
+  tokens = np.zeros(shape, np.int32)
+  positions = np.zeros((*shape, videos[0].axes), np.int32)
   segments, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
   for i, tasks in enumerate(rows):
-    rest = [_encode(tokenizer, task, video_tokens) for task in tasks]
+    rest = [_encode(tokenizer, template, task, videos[i]) for task in tasks]
     ids, _, at = rest[0]
     # The ids up to the last video token, which are the same in all conversations.
     head = max(j for j, t in enumerate(ids) if t == tokenization.VIDEO_TOKEN) + 1
     # Each part is (ids, weights, positions, segment).
     parts = [(ids[:head], np.zeros(head), at[:head], 0)]
     if clips:
-      parts.append((*_encode(tokenizer, clips[i], clip_tokens), CLIP_SEGMENT))
+      clip = _encode(tokenizer, template, clips[i], clip_videos[i])
+      parts.append((*clip, CLIP_SEGMENT))
     for k, columns in enumerate(rest, start=CLIP_SEGMENT + 1):
       parts.append((*(column[head:] for column in columns), k))
     start = 0
@@ -228,12 +232,9 @@ def pack(
   return PackedRows(tokens, segments, positions, weights)
 
 
-def _encode(tokenizer, task: Task, video_tokens: int):
+def _encode(tokenizer, template, task: Task, video: VideoTokens):
   """Returns the ids, weights and positions of a conversation."""
-  template = tokenization.CONVERSATION_TEMPLATES["brief"]
-  row = tokenization.encode_conversation(
-    tokenizer, template, task.turns, video=lay_out_features(video_tokens)
-  )
+  row = tokenization.encode_conversation(tokenizer, template, task.turns, video=video)
   learn = np.array(row.learn)
   if len(task.turns) > 1:  # The first answer may be wrong, so it is no target.
     ends = np.flatnonzero(learn & (np.array(row.ids) == tokenizer.eos_token_id))

@@ -55,7 +55,7 @@ def generate_texts(seed: int, *, scenes: int) -> Iterator[str]:
   yield scene_texts.make_caption(scene.sample_scene(rng), 0)
 
 
-def train(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerFast:
+def train(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
   """Trains a tokenizer with at most `vocab` ids: 3 special, 256 bytes, then words."""
   special = [UNK, BOS, EOS]
   model = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True))

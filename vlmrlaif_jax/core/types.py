@@ -11,6 +11,8 @@ derives positions.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
@@ -22,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax creates it.
 AnyArray: TypeAlias = Array | np.ndarray  # NumPy on the host, JAX on devices.
+Stops: TypeAlias = tuple[int, ...]  # Ids of the EOS tokens, which end a response.
 Metrics: TypeAlias = dict[str, Array]  # Name -> scalar.
 Phase: TypeAlias = Callable[[str], AbstractContextManager]  # See PhaseTimer.
 
@@ -146,11 +149,14 @@ class ModelPass(NamedTuple):
   time: int  # Tokens of a prompt and a response; for decoding, slots of the cache.
   new: int = 0  # Tokens to decode.
   logits: bool = True  # False for scalar heads, which compute no logits.
-  frames: int = 0  # Frames of each row's video that the projector reads.
+  # Frames of each row's video, or its features in a family whose videos have different
+  # numbers of them.
+  frames: int = 0
   parts: float = 1  # Microbatches; for decoding, rows per slot.
   chunk: int = 128  # Time steps whose logits exist concurrently.
   start: int = 0  # Tokens of the prompt, for which no logits are computed.
   group: int = 1  # Responses in a row, which share one prompt.
+  grid: tuple[int, int] = (0, 0)  # Patches of a frame to encode, along each axis.
 
 
 def _no_score(
@@ -292,6 +298,15 @@ def merge_params(frozen: Params, trained: Params) -> Params:
   }
 
 
-def has_stop(batch: Batch, eos: int) -> Bool[Array, " batch"]:
-  """Returns whether each response contains the EOS token."""
-  return jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
+def is_stop(tokens: Int[AnyArray, "*rows"], stops: Stops) -> Bool[AnyArray, "*rows"]:
+  """Returns whether each token is an EOS token. There is at least one of them.
+
+  >>> is_stop(np.array([3, 7, 5]), (5, 7)).tolist()
+  [False, True, True]
+  """
+  return functools.reduce(operator.or_, [tokens == stop for stop in stops])
+
+
+def has_stop(batch: Batch, stops: Stops) -> Bool[Array, " batch"]:
+  """Returns whether each response contains an EOS token."""
+  return jnp.any(is_stop(batch.tokens, stops) & batch.loss_mask, axis=1)

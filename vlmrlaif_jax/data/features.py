@@ -35,10 +35,19 @@ from vlmrlaif_jax.data.processors.interface import (
   process_frames,
 )
 from vlmrlaif_jax.data.time_range import split_time_range
-from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
+from vlmrlaif_jax.data.video import (
+  Media,
+  MediaList,
+  VideoPath,
+  format_video_name,
+  list_files,
+  list_media,
+)
 
-# Maps videos to the features of each.
+# Maps videos to the features of each, by temporal patch.
 Encode = Callable[[Sequence[ProcessedVideo]], Sequence[Float[np.ndarray, "..."]]]
+# Maps features of temporal patches to those of a prompt; see Processor.arrange.
+Arrange = Callable[[Float[np.ndarray, "..."], Visual], Float[np.ndarray, "..."]]
 # Maps a function to its results in all processes. Every process must call it.
 Share = Callable[[Callable[[], Any]], list[Any]]
 # Features and layout of each video, or the reason why it has none, by
@@ -53,7 +62,9 @@ PROGRESS_EVERY = 512  # Videos between two lines of progress.
 class FeatureStore(NamedTuple):
   """Features by video, on disk, and in memory up to a limit.
 
-  The keys of all fields are names by format_video_name.
+  The keys of all fields are names by format_video_name. Files contain the features of
+  temporal patches, so that a part of a video can be read. Methods also take several
+  videos and images of one conversation.
   """
 
   files: dict[str, pathlib.Path]  # File of each video with features.
@@ -61,33 +72,54 @@ class FeatureStore(NamedTuple):
   failures: dict[str, str]  # Reason why a video has no features.
   cached: dict[str, np.ndarray]  # Features in memory.
   memory: float = 0.0  # Largest size of `cached` in bytes.
-  # Tokens that features are padded to, if videos have different numbers; or 0.
+  # Tokens that the features of a conversation are padded to, if videos have different
+  # numbers; or 0.
   length: int = 0
+  arrange: Arrange = lambda features, visual: features  # Processor.arrange.
 
-  def has(self, path: VideoPath) -> bool:
-    """Returns whether the video has features."""
-    return format_video_name(path) in self.files
+  def has(self, media: Media) -> bool:
+    """Returns whether all videos have features."""
+    return all(format_video_name(path) in self.files for path in list_media(media))
+
+  def get_failure(self, media: Media) -> str:
+    """Returns the reason why the first unreadable video has no features."""
+    names = map(format_video_name, list_media(media))
+    return next(self.failures[name] for name in names if name not in self.files)
 
   def get_layout(self, path: VideoPath) -> Visual:
     """Returns the grid and the times of a video."""
     return self.layouts[format_video_name(path)]
 
-  def digest(self, path: VideoPath) -> str:
-    """Returns the hash that identifies a video's content and features."""
-    return self.files[format_video_name(path)].stem
+  def digest(self, media: Media) -> str:
+    """Returns the hash that identifies the content and the features of videos."""
+    stems = [self.files[format_video_name(path)].stem for path in list_media(media)]
+    if not isinstance(media, MediaList):
+      return stems[0]
+    return hashlib.sha256(" ".join(stems).encode()).hexdigest()[:32]
 
   def get(
-    self, path: VideoPath, start: int = 0, stop: int | None = None
+    self, media: Media, start: int = 0, stop: int | None = None
   ) -> Float[np.ndarray, "..."]:
-    """Returns the features of a video in float16, or of a range of temporal patches."""
-    feature, time = self._load(path), self.get_layout(path).grid.time
-    start, stop, _ = slice(start, stop).indices(time)
-    each = len(feature) // time
-    feature = feature[start * each : stop * each]
+    """Returns the features of a conversation's videos in float16, in order.
+
+    Args:
+      media: One video, or several videos and images.
+      start: First temporal patch of each video.
+      stop: Temporal patch after the last one; None for all.
+    """
+    parts = [self._select(path, start, stop) for path in list_media(media)]
+    feature = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if self.length:
       more = [(0, self.length - len(feature)), *[(0, 0)] * (feature.ndim - 1)]
       feature = np.pad(feature, more)
     return feature
+
+  def _select(
+    self, path: VideoPath, start: int, stop: int | None
+  ) -> Float[np.ndarray, "..."]:
+    """Returns the features of a range of a video's temporal patches."""
+    part = self.get_layout(path).select(start, stop)
+    return self.arrange(self._load(path)[start:stop], part)
 
   def _load(self, path: VideoPath) -> Float[np.ndarray, "..."]:
     """Returns the features of a whole video.
@@ -104,9 +136,9 @@ class FeatureStore(NamedTuple):
       self.cached[name] = feature = np.array(feature)
     return feature
 
-  def stack(self, videos: Iterable[VideoPath]) -> Float16[np.ndarray, "batch ..."]:
-    """Returns the features of a batch of videos."""
-    return np.stack([self.get(video) for video in videos])
+  def stack(self, rows: Iterable[Media]) -> Float16[np.ndarray, "batch ..."]:
+    """Returns the features of a batch of conversations."""
+    return np.stack([self.get(media) for media in rows])
 
 
 def build_feature_store(
@@ -153,27 +185,28 @@ def build_feature_store(
   named = {format_video_name(path): path for path in paths}
   reading = processor.make_reading(decoder)
   files, failures = _name_files(named, folder, f"{encoder} {reading.describe()}")
-  read = lambda file: _read_layout(file, processor, note)
-  layouts = {name: layout for name in files if (layout := read(files[name]))}
+  layouts = _read_layouts(files, processor, note)
   todo = {name: named[name] for name in files if name not in layouts}
-  if todo:
-    note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
   frames = video.read_videos(
     list(todo.values()), reading, workers=workers, timeout_s=timeout_s
   )
   decoded = prefetch(zip(todo, frames, strict=True), depth=2 * batch)
   encoded = prefetch(_encode_batches(decoded, encode, processor, batch, phase))
-  batches = -(-len(todo) // batch)
-  idle = max(share(lambda: batches)) - batches  # Others have more batches to encode.
-  parts = itertools.chain(encoded, itertools.repeat({}, idle))
-  done = _write_all(parts, files, processor, len(todo), check, note)
-  for name, result in done:
-    if isinstance(result, str):
-      failures[name] = result
-    else:
-      layouts[name] = result
-  files = {name: path for name, path in files.items() if name not in failures}
-  return FeatureStore(files, layouts, failures, {}, memory_gb * GB)
+  parts = _wait_for_others(encoded, -(-len(todo) // batch), share)
+  written, unreadable = _write_all(parts, files, processor, len(todo), check, note)
+  layouts, failures = layouts | written, failures | unreadable
+  files = {name: path for name, path in files.items() if name in layouts}
+  return FeatureStore(
+    files, layouts, failures, {}, memory_gb * GB, 0, processor.arrange
+  )
+
+
+def _wait_for_others(
+  parts: Iterator[EncodedVideos], batches: int, share: Share
+) -> Iterator[EncodedVideos]:
+  """Yields all batches, then empty ones while other processes encode more batches."""
+  idle = max(share(lambda: batches)) - batches
+  return itertools.chain(parts, itertools.repeat({}, idle))
 
 
 def _write_all(
@@ -183,24 +216,25 @@ def _write_all(
   total: int,
   check: Callable[[], None],
   note: Callable[[str], None],
-) -> Iterator[tuple[str, Visual | str]]:
-  """Writes the features of each batch; yields layouts, or why a video has none."""
-  done = 0
+) -> tuple[dict[str, Visual], dict[str, str]]:
+  """Writes the features of each batch; returns layouts, and why a video has none."""
+  layouts, failures, done = {}, {}, 0
   for part in parts:
     for name, result in part.items():
       if isinstance(result, str):
-        yield name, result
+        failures[name] = result
         continue
       feature, layout = result
       if layout != processor.layout:
         write_json(files[name].with_suffix(".json"), layout._asdict())
       with open_replacing(files[name]) as file:
         np.save(file, feature)
-      yield name, layout
+      layouts[name] = layout
     check()
     before, done = done, done + len(part)
     if done // PROGRESS_EVERY > before // PROGRESS_EVERY:
       note(f"features: {done}/{total} videos")
+  return layouts, failures
 
 
 def _name_files(
@@ -215,6 +249,17 @@ def _name_files(
     except OSError as error:
       failures[name] = str(error)
   return files, failures
+
+
+def _read_layouts(
+  files: dict[str, pathlib.Path], processor: Processor, note: Callable[[str], None]
+) -> dict[str, Visual]:
+  """Returns the layouts of the videos whose features are on disk."""
+  read = lambda file: _read_layout(file, processor, note)
+  layouts = {name: layout for name in files if (layout := read(files[name]))}
+  if todo := len(files) - len(layouts):
+    note(f"features: decoding and encoding {todo} of {len(files)} videos")
+  return layouts
 
 
 def _read_layout(
@@ -238,8 +283,8 @@ def _read_layout(
 
 def parse_layout(value: Mapping[str, Any]) -> Visual:
   """Returns a layout from the fields that JSON has of it."""
-  rest = {"seconds": tuple(value["seconds"]), "rate": value["rate"]}
-  return Visual(Grid(*value["grid"]), **rest)
+  seconds, size = tuple(value["seconds"]), tuple(value["size"])
+  return Visual(Grid(*value["grid"]), seconds, value["rate"], size)
 
 
 def _encode_batches(

@@ -7,7 +7,7 @@ converts examples to rows. `shuffled_row_indices` selects the rows of a step.
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -19,8 +19,9 @@ from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
 from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.data.records import Example, Record, SkippedRecord
+from vlmrlaif_jax.data.templates import MEDIA_MARK
 from vlmrlaif_jax.data.time_range import split_time_range
-from vlmrlaif_jax.data.video import VideoPath, check_decoder
+from vlmrlaif_jax.data.video import Media, MediaList, check_decoder, list_media
 from vlmrlaif_jax.data.world import builder
 
 
@@ -108,7 +109,34 @@ def load_splits(
   if config.prompts:
     prompts, more = read(config.prompts, need_answer=False)
     problems += more
-  return Splits(sft, prompts, benchmark), problems
+  prompts, more = keep_first_questions(prompts)
+  benchmark, others = keep_first_questions(benchmark)
+  return Splits(sft, prompts, benchmark), problems + more + others
+
+
+def keep_first_questions(
+  examples: Sequence[Example],
+) -> tuple[list[Example], list[SkippedRecord]]:
+  """Returns examples without the videos and images of later turns.
+
+  RL and evaluation use the first question of a conversation. Those whose first question
+  has no video are skipped.
+  """
+  selected, problems = [], []
+  for example in examples:
+    first, *others = (question.count(MEDIA_MARK) for question, _ in example["turns"])
+    if not any(others):
+      selected.append(example)
+      continue
+    if not first:
+      why = "its first question, which RL and evaluation use, has no video"
+      problems.append(SkippedRecord(example["id"], why))
+      continue
+    paths = list_media(example["video"])[:first]
+    video = MediaList(paths) if first > 1 else paths[0]
+    own: Any = {"video": video, "turns": example["turns"][:1]}
+    selected.append({**example, **own})
+  return selected, problems
 
 
 def _load_world(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
@@ -160,15 +188,36 @@ def split_held_out(
     share: Share of the videos that is held out; at least one video is.
     seed: Seed of the selection.
   """
-  # Parts of one video are on the same side.
-  get_name = lambda e: split_time_range(str(e["video"])).path
-  names = sorted({get_name(e) for e in examples})
+  groups = _group_by_video(examples)
+  names = sorted(set(groups))
   count = max(round(len(names) * share), 1)
   held_out = set(np.random.default_rng([seed, 7]).permutation(names)[:count])
+  sides = [group in held_out for group in groups]
   return (
-    [e for e in examples if get_name(e) not in held_out],
-    [e for e in examples if get_name(e) in held_out],
+    [e for e, is_held_out in zip(examples, sides, strict=True) if not is_held_out],
+    [e for e, is_held_out in zip(examples, sides, strict=True) if is_held_out],
   )
+
+
+def _group_by_video(examples: Sequence[Record]) -> list[str]:
+  """Returns the group of each example: the name of a video.
+
+  Parts of one video, and examples that share one of several videos, are in one group.
+  """
+  get_name = lambda video: split_time_range(str(video)).path
+  named = [list(map(get_name, list_media(e["video"]))) for e in examples]
+  parents = {name: name for names in named for name in names}
+
+  def find(name: str) -> str:
+    while parents[name] != name:
+      parents[name] = name = parents[parents[name]]
+    return name
+
+  for first, *others in named:
+    for other in others:
+      least, greatest = sorted((find(first), find(other)))
+      parents[greatest] = least
+  return [find(names[0]) for names in named]
 
 
 def split_for_training(
@@ -187,7 +236,7 @@ def split_for_training(
   """
   rest, held_out = split_held_out(examples, share, seed)
   if not rest:
-    videos = len({str(e["video"]) for e in examples})
+    videos = len(set(_group_by_video(examples)))
     raise UserError(
       f"{setting}={share} leaves no record to train on: at least one video is held "
       f"out, and the {len(examples)} records are about {videos}. Give records about "
@@ -248,7 +297,7 @@ def tokenize_examples(
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
   *,
-  lay_out: Callable[[VideoPath], VideoTokens],
+  lay_out: Callable[[Media], VideoTokens],
   prompt_len: int,
   response_len: int,
   answered: bool,
@@ -260,17 +309,18 @@ def tokenize_examples(
     examples: Examples to tokenize.
     tokenizer: Tokenizer of the model.
     template: Conversation template.
-    lay_out: Returns the text and positions of a video.
+    lay_out: Returns the texts and positions of a conversation's videos and images.
     prompt_len: Largest number of tokens of a prompt.
     response_len: Largest number of tokens of a response.
     answered: True for rows with answers, to train on. False for prompts only, with a
       response_len of 0.
-    names: Names of the settings of both lengths, for the reasons of skipped records.
+    names: Settings of both lengths, for the reasons of skipped records.
 
   Returns:
-    The examples that fit, their token rows, and the skipped records.
+    The examples that fit, their rows, and the skipped records.
   """
   fitting, encoded, problems = [], [], []
+  lengths: dict[str, Any] = {"prompt_len": prompt_len, "response_len": response_len}
   for example in examples:
     question = example["question"]
     turns: templates.Turns = [(question, None)]
@@ -283,24 +333,15 @@ def tokenize_examples(
       video=lay_out(example["video"]),
       loss=example.get("loss") if answered else None,
     )
-    if tokenization.is_within_lengths(
-      row, prompt_len=prompt_len, response_len=response_len
-    ):
+    if tokenization.is_within_lengths(row, **lengths):
       fitting.append(example)
       encoded.append(row)
     else:
       prompt, response, _ = tokenization.split_response(row)
-      problems.append(
-        SkippedRecord(
-          example["id"],
-          f"prompt of {len(prompt)} and answer of {len(response)} tokens, but "
-          f"{names[0]} is {prompt_len} and {names[1]} {response_len}",
-        )
+      why = (
+        f"prompt of {len(prompt)} and answer of {len(response)} tokens, but "
+        f"{names[0]} is {prompt_len} and {names[1]} {response_len}"
       )
-  rows = tokenization.pad_rows(
-    encoded,
-    prompt_len=prompt_len,
-    response_len=response_len,
-    pad=tokenizer.pad_token_id,
-  )
+      problems.append(SkippedRecord(example["id"], why))
+  rows = tokenization.pad_rows(encoded, **lengths, pad=tokenizer.pad_token_id)
   return fitting, rows, problems

@@ -57,7 +57,18 @@ PAPER_PROMPTS = Prompts(
   check="Is your last answer right?",
 )
 
-PROMPT_STYLES = {"brief": BRIEF_PROMPTS, "paper": PAPER_PROMPTS}
+# For very small models whose turns have Qwen's form.
+BRIEF_QWEN_PROMPTS = BRIEF_PROMPTS._replace(
+  reward=(
+    "\n<|im_start|>user\nIs your last answer right?<|im_end|>\n<|im_start|>assistant\n"
+  )
+)
+
+PROMPT_STYLES = {
+  "brief": BRIEF_PROMPTS,
+  "brief_qwen": BRIEF_QWEN_PROMPTS,
+  "paper": PAPER_PROMPTS,
+}
 BETTER_VERDICT = "Output {} is better because it is {}."  # Form of a verdict.
 EQUAL_VERDICT = "Both outputs are equally good."
 

@@ -1,7 +1,7 @@
 """Records of data files: reading and checks.
 
-A record has a video (a file or its frames) and a conversation; `formats` reads those of
-public data sets. `read_records` returns the valid examples and, by id, the problems of
+A record has videos or images and a conversation; `formats` reads those of public data
+sets. `read_records` returns the valid examples and, by id, the problems of
 the others.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from vlmrlaif_jax.data.formats import conversations, fields, media, preferences, turns
 from vlmrlaif_jax.data.formats.row_files import read_file_rows
+from vlmrlaif_jax.data.video import MediaList
 
 MAX_REPORTED_PROBLEMS = 20  # Largest number of reasons, and of ids of a reason.
 MAX_REASON = 300  # Characters of a reason.
@@ -30,8 +31,9 @@ class Example(TypedDict):
   """A question about a video, with its answer if there is one."""
 
   id: str
-  video: str | list[str]  # A file, a folder of frames, or frames in order.
-  question: str
+  # A file, a folder of frames, frames in order, or several of these.
+  video: str | list[str] | MediaList
+  question: str  # Has templates.MEDIA_MARK where a video is not at its start.
   answer: str  # "" for a record without an answer.
   source: str  # Name of the data set.
   turns: list[tuple[str, str]]  # All questions and answers, from the first.
@@ -43,8 +45,9 @@ class PreferenceExample(TypedDict):
   """A question about a video with two answers, one of them preferred."""
 
   id: str
-  video: str | list[str]  # A file, a folder of frames, or frames in order.
-  question: str
+  # A file, a folder of frames, frames in order, or several of these.
+  video: str | list[str] | MediaList
+  question: str  # Has templates.MEDIA_MARK where a video is not at its start.
   output_1: str
   output_2: str
   preference: Literal[1, 2]  # Number of the better output.
@@ -226,14 +229,14 @@ def _make_example(
   row: dict[str, Any], folders: media.MediaFolders, *, need_answer: bool
 ) -> dict[str, Any]:
   messages = conversations.read_messages(row)
+  visuals = media.find_media(row, messages, folders)
   if need_answer and messages[-1].role != "gpt" and preferences.has_pair(row):
     raise ValueError("it is a preference: give its file as that of preferences")
-  talk = turns.join_turns(
-    messages, need_answer=need_answer, has_tags="question" not in row
-  )
+  has_tags = "question" not in row or conversations.has_list(row)
+  talk = turns.join_turns(messages, visuals, need_answer=need_answer, has_tags=has_tags)
   question, answer = talk.turns[0]
   example = {
-    "video": media.resolve_video(row, messages, talk.placeholders, folders),
+    "video": talk.video,
     "question": question,
     "answer": answer,
     "turns": talk.turns,
@@ -246,14 +249,14 @@ def _make_preference(
   row: dict[str, Any], folders: media.MediaFolders
 ) -> dict[str, Any]:
   pair = preferences.read_pair(row)
-  talk = turns.join_turns(
-    pair.messages, need_answer=False, has_tags="question" not in row
-  )
+  visuals = media.find_media(row, pair.messages, folders)
+  has_tags = "question" not in row or conversations.has_list(row)
+  talk = turns.join_turns(pair.messages, visuals, need_answer=False, has_tags=has_tags)
   if pair.output_1.split() == pair.output_2.split():
     raise ValueError("its two answers are identical")
   *history, (question, _) = talk.turns
   example = {
-    "video": media.resolve_video(row, pair.messages, talk.placeholders, folders),
+    "video": talk.video,
     "question": question,
     "output_1": pair.output_1,
     "output_2": pair.output_2,

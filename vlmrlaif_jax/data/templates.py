@@ -9,15 +9,21 @@ contain. `tokenization.encode_conversation` treats only marked tokens as special
 import functools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 # Noncharacters, which Unicode reserves for internal use.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Around a special token of the template.
 VIDEO_MARK = "\ufdd2"  # Position of a run of video features.
+# A video as LLaVA's processors write it.
+_LLAVA_VIDEO = VIDEO_MARK + "\n"
 _HIDE, _SHOW = "\ufdd3", "\ufdd4"  # Around the index of a special token in user text.
-_NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
+MEDIA_MARK = "\ufdd5"  # Place of a video or an image in a question.
+# Parts of a message that are a video or an image; see formats.messages.
+PART_MARKS = {"video": "\ufdd6", "image": "\ufdd7"}
+_IMAGE_PART = "<image>"  # What chat templates write for an image.
+_NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd7]")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers mark byte tokens as special.
 
 
@@ -137,6 +143,21 @@ def check_plain_text(text: str) -> str:
   return text
 
 
+def show_media(text: str, names: Sequence[str] = ()) -> str:
+  """Returns a question with names instead of the marks of its videos and images.
+
+  >>> show_media(f"Is {MEDIA_MARK} longer than {MEDIA_MARK}?", ["<video>", "<image>"])
+  'Is <video> longer than <image>?'
+
+  Args:
+    text: A question.
+    names: A name for each mark, in order; the default is "<video>".
+  """
+  first, *others = text.split(MEDIA_MARK)
+  names = names or ["<video>"] * len(others)
+  return first + "".join(a + b for a, b in zip(names, others, strict=True))
+
+
 def get_end_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
   """Returns the text that a template puts directly after an answer.
 
@@ -162,7 +183,7 @@ def render_conversation(
   template: Template,
   turns: Turns,
   *,
-  video: str,
+  videos: Sequence[str],
   system: str | None = None,
 ) -> Script:
   """Renders a conversation up to the end of its last answer.
@@ -172,8 +193,9 @@ def render_conversation(
     template: Conversation template.
     turns: Questions and answers, from which outer white space is stripped. The first
       answer of None ends the conversation with an open generation prompt.
-    video: Text of the video, which precedes the first question; "" for none. It has
-      VIDEO_MARK for each run of features, and its special tokens are marked.
+    videos: Text of each video and image. It has VIDEO_MARK for each run of features,
+      and its special tokens are marked. The texts replace the MEDIA_MARKs of the
+      questions in order. Without marks, they precede the first question.
     system: System prompt, from which outer white space is stripped; None for that of
       the template.
 
@@ -181,20 +203,38 @@ def render_conversation(
     Parts of the text, each with whether the loss includes it.
 
   Raises:
-    ValueError: The tokenizer's chat template does not support such conversations.
+    ValueError: The tokenizer's chat template does not support such conversations, or
+      the questions have another number of marks than there are videos.
   """
-  plain = []
-  for question, answer in turns:
-    first = video + check_plain_text(question).strip()
-    plain.append((first, answer and check_plain_text(answer).strip()))
-    video = ""
-    if answer is None:
-      break
+  count = next((i for i, turn in enumerate(turns, 1) if turn[1] is None), len(turns))
+  questions = _insert_videos([question for question, _ in turns[:count]], videos)
+  answers = [answer and check_plain_text(answer).strip() for _, answer in turns[:count]]
+  plain = list(zip(questions, answers, strict=True))
   if system is not None:
     system = check_plain_text(system).strip()
   if isinstance(template, TemplatePieces):
     return _render_pieces(tokenizer, template, plain, system)
   return _render_chat(tokenizer, template, plain, system)
+
+
+def _insert_videos(questions: Sequence[str], videos: Sequence[str]) -> list[str]:
+  """Returns questions with the texts of videos at their places."""
+  for question in questions:
+    check_plain_text(question.replace(MEDIA_MARK, ""))
+  stripped = [question.strip() for question in questions]
+  marks = sum(question.count(MEDIA_MARK) for question in stripped)
+  if not marks and stripped:
+    return ["".join(videos) + stripped[0], *stripped[1:]]
+  if marks != len(videos):
+    raise ValueError(
+      f"the questions have the places of {marks} videos and images, but there are "
+      f"{len(videos)}. Give one for each place."
+    )
+  texts = iter(videos)
+  return [
+    show_media(question, [next(texts) for _ in range(question.count(MEDIA_MARK))])
+    for question in stripped
+  ]
 
 
 def _render_pieces(tokenizer, template, turns, system) -> Script:
@@ -254,18 +294,75 @@ def _render_chat(tokenizer, template, turns, system) -> Script:
 
 def _apply_chat_template(tokenizer, turns, system=None) -> str:
   """Renders turns with Jinja, with a generation prompt if the last answer is None."""
-  messages = [] if system is None else [{"role": "system", "content": system}]
+  messages = [] if system is None else [("system", system)]
   for question, answer in turns:
-    messages.append({"role": "user", "content": question})
+    messages.append(("user", question))
     if answer is not None:
-      messages.append({"role": "assistant", "content": answer})
+      messages.append(("assistant", answer))
   if tokenizer.chat_template is None:
     raise ValueError(
       "template is chat_template, but the tokenizer has none: set "
       f"--config.model.template to another one of {sorted(CONVERSATION_TEMPLATES)}, or "
       "add chat_template.jinja to the tokenizer's folder"
     )
-  open_ended = messages[-1]["role"] == "user"
-  return tokenizer.apply_chat_template(
-    messages, tokenize=False, add_generation_prompt=open_ended
+  has_parts = _reads_parts(tokenizer)
+  rendered = tokenizer.apply_chat_template(
+    [_make_message(role, text, has_parts) for role, text in messages],
+    tokenize=False,
+    add_generation_prompt=messages[-1][0] == "user",
   )
+  if not has_parts:
+    return rendered
+  if any(text.startswith(_LLAVA_VIDEO) for _, text in messages):
+    rendered = rendered.replace(_find_video_token(tokenizer), VIDEO_MARK)
+  return rendered.replace(_IMAGE_PART + OPEN, OPEN)
+
+
+@functools.lru_cache
+def _reads_parts(tokenizer) -> bool:
+  """Returns whether a chat template skips messages that are no list of parts."""
+  message = _make_message("user", VIDEO_MARK, has_parts=False)
+  return VIDEO_MARK not in tokenizer.apply_chat_template([message], tokenize=False)
+
+
+def _make_message(role: str, text: str, has_parts: bool) -> dict[str, Any]:
+  """Returns a message of a chat template.
+
+  A template of parts writes the line break after a video of LLaVA. A text that begins
+  with a special token is that of an image. Such templates may write no space before an
+  image, so that it has a part of its own.
+  """
+  if not has_parts:
+    return {"role": role, "content": text}
+  if text.startswith(_LLAVA_VIDEO):
+    rest = {"type": "text", "text": text.removeprefix(_LLAVA_VIDEO)}
+    return {"role": role, "content": [{"type": "video"}, rest]}
+  image = [{"type": "image"}] if text.startswith(OPEN) else []
+  return {"role": role, "content": [*image, {"type": "text", "text": text}]}
+
+
+@functools.lru_cache
+def _find_video_token(tokenizer) -> str:
+  """Returns the special token that a chat template of parts writes for a video.
+
+  Raises:
+    ValueError: It writes none, or several.
+  """
+  with_video, without = (
+    tokenizer.apply_chat_template(
+      [_make_message("user", text, has_parts=True)], tokenize=False
+    )
+    for text in (_LLAVA_VIDEO, "")
+  )
+  written = [
+    token
+    for token in get_special_tokens(tokenizer)
+    if with_video.count(token) > without.count(token)
+  ]
+  if len(written) != 1:
+    raise ValueError(
+      "the tokenizer's chat template must write one special token for a video, but it "
+      f"writes {written}: set --config.model.template to another one of "
+      f"{sorted(CONVERSATION_TEMPLATES)}"
+    )
+  return written[0]

@@ -50,9 +50,9 @@ class TokenRows(NamedTuple):
 def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
   """Loads the tokenizer of a Hugging Face folder.
 
-  If the folder defines no pad token, the unk token is used, as in LLaVA, or the EOS
-  token, as in Llama 3. Padding is identified by masks, so such a token in a text has no
-  side effect.
+  A chat template may be in chat_template.json, which transformers 4 wrote. If no pad
+  token is defined, the unk token is used, as in LLaVA, or the EOS token, as in Llama 3.
+  Padding is identified by masks, so such a token in a text has no side effect.
 
   Raises:
     FileNotFoundError: The folder does not exist.
@@ -67,6 +67,9 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
       f"the {type(tokenizer).__name__} of {path} does not return offsets of tokens, "
       "which masks require: use a folder with a tokenizer.json"
     )
+  legacy = pathlib.Path(path) / "chat_template.json"
+  if tokenizer.chat_template is None and legacy.is_file():
+    tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
   if tokenizer.pad_token is None:
     pad = tokenizer.unk_token or tokenizer.eos_token
     if pad is None:
@@ -104,50 +107,45 @@ def encode_conversation(
   system: str | None = None,
   loss: Sequence[bool] | None = None,
 ) -> EncodedConversation:
-  """Returns the token ids of a conversation, with the video before the first question.
+  """Returns the token ids of a conversation with its videos and images.
 
-  The texts before and after the video are tokenized separately, as in LLaVA. The loss
-  mask follows from the character offsets of tokens. A "<video>" or "</s>" in a question
-  is plain text. The BOS token is added if the tokenizer adds it to plain text, unless a
-  chat template writes it.
+  They are at the MEDIA_MARKs of the questions, or before the first question. Texts
+  before and after the features of a video are tokenized separately, as in LLaVA. The
+  loss mask follows from the character offsets of tokens. A "<video>" or "</s>" in a
+  question is plain text. The BOS token is added if the tokenizer adds it to plain text,
+  unless a chat template writes it.
 
   Args:
     tokenizer: A tokenizer by load_tokenizer.
     template: Conversation template.
     turns: (question, answer) pairs. A last answer of None leaves the conversation open
       for generation.
-    video: Text and positions of the video; NO_VIDEO for text only.
+    video: Texts and positions of the videos and images; NO_VIDEO for text only.
     system: System prompt; None for that of the template.
     loss: Whether the loss includes the answer of each turn; None for all answers.
 
   Raises:
-    ValueError: The chat template does not render the first question exactly once.
+    ValueError: The chat template does not render each question exactly once, or the
+      questions have another number of marks than there are videos and images.
   """
-  counts = [part for part in video.text if isinstance(part, int)]
-  before = "".join(
-    templates.VIDEO_MARK
-    if isinstance(part, int)
-    else templates.mark_special_tokens(tokenizer, part)
-    for part in video.text
-  )
   script = templates.render_conversation(
-    tokenizer, template, turns, video=before, system=system
+    tokenizer, template, turns, videos=_mark_features(tokenizer, video), system=system
   )
   whole = "".join(text for text, _ in script)
   # One flag per character: whether the character is part of an answer.
   turn_loss = iter([True] * len(turns) if loss is None else loss)
   learned = [(text, learn and next(turn_loss)) for text, learn in script]
   answers = [learn for text, learn in learned for _ in text]
+  counts = [part for text in video.texts for part in text if isinstance(part, int)]
   if whole.count(templates.VIDEO_MARK) != len(counts):
     raise ValueError(
-      "the tokenizer's chat template must render the first question exactly once, "
-      "because the video precedes it: set --config.model.template to another one of "
+      "the tokenizer's chat template must render each question exactly once, "
+      "because videos are in questions: set --config.model.template to another one of "
       f"{sorted(CONVERSATION_TEMPLATES)}"
     )
-  ids: list[int] = []
-  if not isinstance(template, templates.ChatTemplate) and adds_bos(tokenizer):
-    ids.append(tokenizer.bos_token_id)
-  learn = [False] * len(ids)
+  has_bos = not isinstance(template, templates.ChatTemplate) and adds_bos(tokenizer)
+  ids = [tokenizer.bos_token_id] * has_bos
+  learn = [False] * has_bos
   at = 0
   for part, count in zip(whole.split(templates.VIDEO_MARK), [*counts, 0], strict=True):
     part_ids, offsets = _tokenize(tokenizer, part)
@@ -157,6 +155,16 @@ def encode_conversation(
   is_video = np.array(ids, np.int32) == VIDEO_TOKEN
   positions = make_positions(is_video, video.blocks, axes=video.axes)
   return EncodedConversation(ids, learn, positions)
+
+
+def _mark_features(tokenizer, video: VideoTokens) -> list[str]:
+  """Returns the text of each video, with VIDEO_MARK for each run of features."""
+  mark = lambda part: (
+    templates.VIDEO_MARK
+    if isinstance(part, int)
+    else templates.mark_special_tokens(tokenizer, part)
+  )
+  return ["".join(map(mark, text)) for text in video.texts]
 
 
 @functools.lru_cache

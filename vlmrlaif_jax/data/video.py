@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import av
 import numpy as np
@@ -24,14 +24,17 @@ from vlmrlaif_jax.data.decoding import containers, pictures, with_decord
 from vlmrlaif_jax.data.decoding.files import (
   Each,
   Frame,
+  MakeEach,
+  ReadFrame,
   check_regular_file,
   list_images,
 )
 from vlmrlaif_jax.data.decoding.sampling import (
   ByCount,
   Sampling,
+  Selection,
   Timeline,
-  choose_frames,
+  select_frames,
 )
 from vlmrlaif_jax.data.decoding.sampling import ByFps as ByFps
 from vlmrlaif_jax.data.decoding.sampling import (
@@ -51,11 +54,37 @@ WORKER = (sys.executable, "-P", "-c", f"from {__name__} import serve; serve()")
 VideoPath: TypeAlias = str | os.PathLike | Sequence[str]  # A list has frame images.
 
 
+class MediaList(NamedTuple):
+  """Several videos and images of one conversation, in the order of their places.
+
+  An image is a video of one frame.
+  """
+
+  paths: tuple[VideoPath, ...]
+
+
+Media: TypeAlias = VideoPath | MediaList  # The videos and images of a conversation.
+
+
 class Frames(NamedTuple):
   """Frames of a video."""
 
   pixels: UInt8[np.ndarray, "frames height width 3"]
   seconds: Float[np.ndarray, " frames"]  # Times after the video's first frame.
+  size: tuple[int, int]  # Height and width of the first frame before it was resized.
+  # Their number / the seconds of the video, or of the part that is read; 0 for an
+  # image.
+  rate: float = 0.0
+
+
+class Resizing(Protocol):
+  """The rule of a model family for the size of frames."""
+
+  def resize(
+    self, frame: Frame, frames: int | None
+  ) -> UInt8[np.ndarray, "new_height new_width 3"]:
+    """Returns an image (None), or a frame of a video, in the size for the model."""
+    ...
 
 
 class Reading(NamedTuple):
@@ -66,6 +95,7 @@ class Reading(NamedTuple):
   fill: tuple[int, ...] = FILL  # Red, green and blue of the padding.
   within: tuple[int, int] | None = None  # Largest width and height of the frames.
   decoder: str = "pyav"  # Decoder of video files, of DECODERS.
+  resizing: Resizing | None = None  # Rule of the frames' size; None for their own size.
 
   def describe(self) -> str:
     """Returns a text that names everything that the frames of a video depend on."""
@@ -81,8 +111,18 @@ class VideoError(Exception):
     super().__init__(f"{where}: {reason}")
 
 
-def format_video_name(path: VideoPath) -> str:
-  """Returns one string for a video: its path, or the paths of its frames."""
+def list_media(media: Media) -> tuple[VideoPath, ...]:
+  """Returns the videos and images of a conversation, in order."""
+  return media.paths if isinstance(media, MediaList) else (media,)
+
+
+def format_video_name(path: Media) -> str:
+  """Returns one string for a video: its path, or the paths of its frames.
+
+  The names of several videos are separated by empty lines.
+  """
+  if isinstance(path, MediaList):
+    return "\n\n".join(map(format_video_name, path.paths))
   if isinstance(path, str | os.PathLike):
     return os.fspath(path)
   return "\n".join(os.fspath(image) for image in path)
@@ -117,13 +157,15 @@ def read_video(path: VideoPath, reading: Reading) -> Frames:
       its frames differ in size.
   """
   try:
-    frames, seconds = _read(path, reading)
+    frames, chosen = _read(path, reading)
   except Exception as error:  # Decoders raise errors of any type on broken input.
     raise VideoError(path, _format_reason(error)) from error
-  sizes = sorted({frame.shape[:2] for frame in frames})
+  as_read = lambda x: x.size if reading.resizing else x.pixels.shape[:2]
+  sizes = sorted({as_read(frame) for frame in frames})
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
-  return Frames(np.stack(frames), np.array(seconds))
+  pixels = np.stack([frame.pixels for frame in frames])
+  return Frames(pixels, np.array(chosen.seconds), frames[0].size, chosen.rate)
 
 
 def read_videos(
@@ -238,41 +280,53 @@ def _format_reason(error: Exception) -> str:
   return reason or type(error).__name__
 
 
-def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float]]:
-  """Returns frames and their times in seconds, by the kind of the video."""
+def _read(path: VideoPath, reading: Reading) -> tuple[list[ReadFrame], Selection]:
+  """Returns the frames that a reading selects, by the kind of the video."""
   part = TimeRange("", 0.0, math.inf)
   if isinstance(path, str | os.PathLike):
     part = split_time_range(os.fspath(path))
-  each = functools.partial(_fit, reading)
+  make_each = functools.partial(_make_each, reading)
   choose = functools.partial(_choose, reading.sampling, part)
   files = list_files(path)
   is_file = part.path and not os.path.isdir(part.path)
   if is_file and not pictures.is_picture(files[0]):
-    return DECODERS[reading.decoder](files[0], choose, each)
+    return DECODERS[reading.decoder](files[0], choose, make_each)
   if is_file:
-    return pictures.read_animation(files[0], choose, each)
-  return _read_images(files, part, reading.sampling, each)
+    return pictures.read_animation(files[0], choose, make_each)
+  return _read_images(files, part, reading.sampling, make_each)
 
 
-def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> list[int]:
-  return choose_frames(timeline, sampling, part.start, part.end).tolist()
+def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> Selection:
+  return select_frames(timeline, sampling, part.start, part.end)
 
 
 def _read_images(
-  files: list[str], part: TimeRange, sampling: Sampling, each: Each
-) -> tuple[list[Frame], list[float]]:
+  files: list[str], part: TimeRange, sampling: Sampling, make_each: MakeEach
+) -> tuple[list[ReadFrame], Selection]:
   """Reads frame images, which have no times: they count as evenly spaced."""
   if (part.start, part.end) != (0.0, math.inf):
     raise ValueError("frame images have no times: remove start and end of the record")
   step = 1.0 if isinstance(sampling, ByCount) else 1 / sampling.fps
-  timeline = Timeline(np.arange(len(files)) * step, len(files) * step)
-  numbers = _choose(sampling, part, timeline)
-  selected = pictures.read_images(files, numbers, each)
-  return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
+  duration = len(files) * step if len(files) > 1 else 0.0
+  timeline = Timeline(np.arange(len(files)) * step, duration)
+  chosen = _choose(sampling, part, timeline)
+  selected = pictures.read_images(files, chosen.numbers, make_each(chosen))
+  return [selected[n] for n in chosen.numbers], chosen
 
 
-def _fit(reading: Reading, frame: Frame) -> UInt8[np.ndarray, "new_height new_width 3"]:
+def _make_each(reading: Reading, chosen: Selection) -> Each:
+  """Returns the function that resizes each of the selected frames."""
+  is_image = len(chosen.numbers) == 1 and not chosen.rate
+  frames = None if is_image else len(chosen.numbers)
+  return lambda frame: ReadFrame(_fit(reading, frames, frame), frame.shape[:2])
+
+
+def _fit(
+  reading: Reading, frames: int | None, frame: Frame
+) -> UInt8[np.ndarray, "new_height new_width 3"]:
   """Returns a frame in the size of a reading."""
+  if reading.resizing is not None:
+    return reading.resizing.resize(frame, frames)
   if not reading.square and reading.within is None:
     return frame
   image = Image.fromarray(frame)

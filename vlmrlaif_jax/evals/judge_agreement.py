@@ -17,7 +17,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
+from vlmrlaif_jax.data.video import MediaList
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -43,7 +45,7 @@ class AnswerGroup(NamedTuple):
   """Answers to one question, with their scores."""
 
   id: str
-  video: str | list[str]
+  video: str | list[str] | MediaList
   question: str
   texts: tuple[str, ...]
   human: tuple[float, ...]  # Human scores, or scores by truth.
@@ -192,7 +194,7 @@ def load_groups(
   return [
     AnswerGroup(
       id,
-      protocol.find_video(videos, str(rows[0]["image_path"])),
+      find_video(videos, str(rows[0]["image_path"])),
       str(rows[0]["instruction"]),
       tuple(str(row["answer"]) for row in rows),
       tuple(row["human"] for row in rows),
@@ -226,7 +228,7 @@ def load_pairs(
     first, second = (get_text(row[side], ("answer",)) for side in sides)
     return {
       "id": str(row.get("pair_id", number)),
-      "video": protocol.find_video(videos, get_text(row, ("image_path",))),
+      "video": find_video(videos, get_text(row, ("image_path",))),
       "question": get_text(row, ("instruction",)),
       "output_1": first,
       "output_2": second,

@@ -27,11 +27,13 @@ from PIL import Image
 
 from vlmrlaif_jax.core import distributed, jsonl
 from vlmrlaif_jax.core.errors import check_at_least
+from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.video import (
   ByCount,
   Reading,
   VideoError,
   VideoPath,
+  list_media,
   read_video,
 )
 from vlmrlaif_jax.feedback import server_failures
@@ -246,19 +248,18 @@ class Endpoint:
     """Returns the arguments of a chat completion and the hash of url and arguments."""
     config = self._config
     with self._decoding:  # The lock makes queries about one video decode it once.
-      video = query.video
-      key = video if isinstance(video, str | os.PathLike) else tuple(video)
-      images = self._images(cast(Hashable, key))
+      key = lambda x: x if isinstance(x, str | os.PathLike) else tuple(x)
+      keys = [cast(Hashable, key(video)) for video in list_media(query.video)]
+      videos = [self._images(key) for key in keys]
     texts = [text for turn in query.history for text in turn] + [query.prompt]
     roles = itertools.cycle(("user", "assistant"))
     # A model may generate half of a surrogate pair, which UTF-8 cannot encode.
     texts = [text.encode(errors="replace").decode() for text in texts]
+    contents = _place_frames(texts, videos if query.video else None)
     messages = [
-      {"role": role, "content": [{"type": "text", "text": text}]}
-      for role, text in zip(roles, texts, strict=False)
+      {"role": role, "content": content}
+      for role, content in zip(roles, contents, strict=False)
     ]
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
-    messages[0]["content"] = [*parts, *messages[0]["content"]]
     request = {
       "model": config.model,
       "messages": messages,
@@ -283,6 +284,31 @@ class Endpoint:
       coded = base64.b64encode(data.getvalue()).decode()
       urls.append(f"data:image/jpeg;base64,{coded}")
     return tuple(urls)
+
+
+def _place_frames(
+  texts: Sequence[str], videos: Sequence[Sequence[str]] | None
+) -> list[list[dict[str, Any]]]:
+  """Returns the parts of messages: texts, and frames at the places of their videos.
+
+  Args:
+    texts: Texts of the messages. Without marks, the videos precede the first one.
+    videos: Data URLs of the frames of each video; None for a judge without video.
+  """
+  if videos is None:
+    texts = [templates.show_media(text) for text in texts]
+  elif not any(templates.MEDIA_MARK in text for text in texts):
+    texts = [templates.MEDIA_MARK * len(videos) + texts[0], *texts[1:]]
+  rest, contents = iter(videos or ()), []
+  for text in texts:
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(text.split(templates.MEDIA_MARK)):
+      urls = next(rest) if number else ()
+      parts += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+      if piece:
+        parts.append({"type": "text", "text": piece})
+    contents.append(parts)
+  return contents
 
 
 def check(config: ConfigDict) -> None:

@@ -128,9 +128,7 @@ def make_judge_examples(
     # compare_in_pairs joins the lines of responses too.
     chosen, rejected = map(join_lines, order_by_preference(preference))
     a, b = (chosen, rejected) if better == 1 else (rejected, chosen)
-    turns = [text for turn in preference.get("history", []) for text in turn]
-    question = "\n".join([*turns, preference["question"]])
-    prompt = style.prompt.format(question=question, a=a, b=b)
+    prompt = style.prompt.format(question=join_history(preference), a=a, b=b)
     examples.append(
       {
         "id": preference["id"],
@@ -143,6 +141,12 @@ def make_judge_examples(
       }
     )
   return examples
+
+
+def join_history(preference: PreferenceExample) -> str:
+  """Returns the question of a preference after its earlier turns, each on a line."""
+  turns = [text for turn in preference.get("history", []) for text in turn]
+  return "\n".join([*turns, preference["question"]])
 
 
 def make_demonstrations(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from vlmrlaif_jax.data.prompts import Prompts, format_judge_prompt
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media
 from vlmrlaif_jax.feedback.replies.verdicts import JudgeChoice, parse_verdict
 
 # Outcomes of a pair with and without replies of the judge.
@@ -23,7 +23,7 @@ class AnswerPair(NamedTuple):
   """Two answers to a question about a video."""
 
   id: str
-  video: VideoPath
+  video: Media
   question: str
   output_1: str
   output_2: str
@@ -34,7 +34,7 @@ class JudgeQuery(NamedTuple):
   """A prompt about a video or a range of its frames."""
 
   id: str  # Seeds the sampling, so replies do not depend on other queries.
-  video: VideoPath
+  video: Media
   prompt: str
   history: tuple[tuple[str, str], ...] = ()  # Earlier turns: (prompt, response).
   start: int = 0  # First frame.

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.types import Stops, is_stop
 from vlmrlaif_jax.data.prompts import Prompts
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.pairwise_judge import (
@@ -187,7 +188,7 @@ def make_score_fn(
   examples: Sequence[Example],
   read: Callable[[np.ndarray, np.ndarray], Sequence[str]],
   *,
-  eos: int | None,
+  stops: Stops,
 ) -> Callable[[Any, Any], Any]:
   """Returns a scorer for Parts.score that runs on the host, outside jit.
 
@@ -198,16 +199,16 @@ def make_score_fn(
     compare: Scores the responses of each group.
     examples: Examples that frozen["example_ids"] indexes.
     read: Decodes the responses from tokens and loss_mask.
-    eos: Id of the EOS token. `compare` receives None for responses without it. None
-      passes all responses.
+    stops: Ids of the EOS tokens. `compare` receives None for responses without one.
+      () passes all responses.
   """
 
   def score(frozen, batch):
     batch_examples = [examples[i] for i in np.asarray(frozen["example_ids"])]
     tokens, mask = distributed.fetch_arrays((batch.tokens, batch.loss_mask))
     texts: list[str | None] = list(read(tokens, mask))
-    if eos is not None:
-      stopped = np.any((tokens == eos) & mask, axis=1)
+    if stops:
+      stopped = np.any(is_stop(tokens, stops) & mask, axis=1)
       texts = [text if end else None for text, end in zip(texts, stopped, strict=True)]
     size = len(texts) // len(batch_examples)
     groups = [texts[i : i + size] for i in range(0, len(texts), size)]

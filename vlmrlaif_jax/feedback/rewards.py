@@ -16,6 +16,7 @@ from vlmrlaif_jax.core.types import (
   Batch,
   Groups,
   Params,
+  Stops,
   continue_positions,
   has_stop,
 )
@@ -55,10 +56,10 @@ def compute_scalar_scores(
 
 
 def compute_stop_penalty(
-  batch: Batch, eos: int, *, penalty: float
+  batch: Batch, stops: Stops, *, penalty: float
 ) -> Float[Array, " batch"]:
   """Returns `penalty`, below 0, for responses without EOS (VLM-RLAIF: -8)."""
-  return jnp.where(has_stop(batch, eos), 0.0, penalty)
+  return jnp.where(has_stop(batch, stops), 0.0, penalty)
 
 
 def compute_length_bonus(
@@ -72,7 +73,7 @@ def make_reward_fn(
   model: VLM,
   *,
   suffix: Sequence[int],
-  eos: int,
+  stops: Stops,
   penalty: float,
   length_coef: float,
   max_response_len: int,
@@ -82,7 +83,7 @@ def make_reward_fn(
   Args:
     model: Reward model with a scalar head.
     suffix: Tokens of the reward prompt.
-    eos: Id of the EOS token.
+    stops: Ids of the EOS tokens.
     penalty: Reward of a response without EOS; 0 disables.
     length_coef: Coefficient of the length bonus; 0 disables.
     max_response_len: Length that has the whole bonus, in tokens.
@@ -90,7 +91,7 @@ def make_reward_fn(
 
   def score(frozen, batch):
     scores = compute_scalar_scores(model, frozen["reward"], batch, suffix)
-    scores += compute_stop_penalty(batch, eos, penalty=penalty)
+    scores += compute_stop_penalty(batch, stops, penalty=penalty)
     scores += compute_length_bonus(
       batch, coef=length_coef, max_response_len=max_response_len
     )

@@ -1,11 +1,19 @@
 """Finds the folders of a checkpoint: its adapter, the adapter's base, its tokenizer."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmrlaif_jax.huggingface.adapter_config import ADAPTER_CONFIG
 from vlmrlaif_jax.huggingface.config_keys import read_json_object
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+PROCESSOR_FILES = (
+  "processor_config.json",
+  "preprocessor_config.json",
+  "video_preprocessor_config.json",
+)
 
 
 def find_folder(folder: Path, name: str) -> Path | None:
@@ -57,13 +65,29 @@ def find_tokenizer_folder(folder: Path) -> Path:
   Raises:
     FileNotFoundError: The base of the adapter does not exist.
   """
-  names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+  return _find_with(folder, TOKENIZER_FILES)
+
+
+def find_processor_folder(folder: Path) -> Path:
+  """Finds the folder of a checkpoint's processor; see find_tokenizer_folder."""
+  return _find_with(folder, PROCESSOR_FILES)
+
+
+def find_generation_folder(folder: Path) -> Path:
+  """Finds the folder of a checkpoint's generation settings; see stop_tokens.
+
+  Raises:
+    FileNotFoundError: The base of an adapter does not exist.
+  """
+  return _find_with(folder, ("generation_config.json", "config.json"))
+
+
+def _find_with(folder: Path, names: Sequence[str]) -> Path:
+  """Finds the folder that has one of the files: the given one, or an adapter's base."""
   if any((folder / name).exists() for name in names):
     return folder
   adapter = find_own_adapter(folder)
-  if adapter is None:
-    return folder
-  return find_tokenizer_folder(find_base(folder, adapter))
+  return folder if adapter is None else _find_with(find_base(folder, adapter), names)
 
 
 def find_base(folder: Path, adapter: Path) -> Path:

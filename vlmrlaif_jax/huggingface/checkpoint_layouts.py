@@ -125,6 +125,9 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
     return CheckpointLayout(name, full, own, tuple(key_notes))
   if "mm_vision_tower" in config:
     tensors, notes = published_names.open_tensors(folder)
+    if families.is_original_onevision(config):
+      full, notes = families.convert_original(folder, config, tensors, tower)
+      return CheckpointLayout("original LLaVA-OneVision", full, tensors, notes)
     return _open_original(folder, config, tensors, notes, tower)
   if model_type == "llava":
     full, key_notes = _read_llava(folder)
@@ -199,7 +202,7 @@ def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
   rest = published_names.format_counts(name.split(".")[0] for name in adapter.rest)
   return layout._replace(
     name=f"LoRA adapter on {layout.name}",
-    config=_match_adapted(layout.config, tensors),
+    config=_match_adapted(base, layout.config, tensors),
     tensors=tensors,
     notes=(
       *layout.notes,
@@ -221,10 +224,11 @@ def _choose_renaming(base: Path) -> Callable[[str], str]:
   return lambda name: families.rename_tensor(kind, name.removeprefix(prefix))
 
 
-def _match_adapted(config: HfConfig, tensors: Tensors) -> HfConfig:
+def _match_adapted(base: Path, config: HfConfig, tensors: Tensors) -> HfConfig:
   """Makes a config consistent with the tensors of a base and its adapter."""
-  is_family = config["model_type"] in families.FAMILIES
-  return config if is_family else _match_config(config, tensors)
+  if config["model_type"] in families.FAMILIES:
+    return families.match_config(base, config, tensors)
+  return _match_config(config, tensors)
 
 
 def _open_original(
@@ -320,12 +324,9 @@ def _open_plain(folder: Path, config: HfConfig, tower: str) -> CheckpointLayout:
     *tower_notes,
   )
   name = f"plain {_TEXT_NAMES[config['model_type']]}"
-  return CheckpointLayout(
-    name,
-    full,
-    {**tensors, **tower_tensors, **vision_towers.make_random_projector(full)},
-    notes,
-  )
+  projector_tensors = vision_towers.make_random_projector(full)
+  together: Tensors = {**tensors, **tower_tensors, **projector_tensors}
+  return CheckpointLayout(name, full, together, notes)
 
 
 def join_configs(

@@ -160,13 +160,16 @@ def check_keys(
   return [part + key for key in raw if key not in known and raw[key] not in unset]
 
 
-def check_original_keys(path: Path, raw: Mapping[str, Any], text: str) -> list[str]:
+def check_original_keys(
+  path: Path, raw: Mapping[str, Any], text: str, *, anyres: bool = False
+) -> list[str]:
   """Checks the keys of an original LLaVA, whose config is that of its language model.
 
   Args:
     path: The file, for messages.
     raw: Its content.
     text: Model type of the language model.
+    anyres: Whether image_aspect_ratio is used.
 
   Returns:
     Notes about keys that are not used.
@@ -174,7 +177,7 @@ def check_original_keys(path: Path, raw: Mapping[str, Any], text: str) -> list[s
   unused = check_keys(path, raw, CONFIG_MAPPING[text], _ORIGINAL)
   notes = describe_unused(path, unused)
   ratio = raw.get("image_aspect_ratio")
-  if ratio != "pad":
+  if ratio != "pad" and not anyres:
     notes.append(
       f"image_aspect_ratio={ratio!r} is not used: frames are padded to a square"
     )

@@ -17,10 +17,16 @@ from jax.sharding import Mesh
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import stop_tokens
 from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
-from vlmrlaif_jax.huggingface import checkpoint_layouts, config_keys, families
+from vlmrlaif_jax.huggingface import (
+  checkpoint_folders,
+  checkpoint_layouts,
+  config_keys,
+  families,
+)
 from vlmrlaif_jax.huggingface import tensor_files as files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import (
   DECODER_FAMILIES,
@@ -86,7 +92,8 @@ def load_processor(
     frames: Frames per video, for a family with a fixed number.
   """
   if config["model_type"] in FAMILIES:
-    return families.read_processor(folder, config)
+    place = checkpoint_folders.find_processor_folder(folder)
+    return families.read_processor(place, config)
   tower = model.vision
   return LlavaProcessor(frames, tower.image, tower.patch, tower.padding_color)
 
@@ -275,7 +282,7 @@ def _check_tokenizer(folder: Path, vocab: int) -> list[str]:
   """Checks that the embedding has a row for every id of the tokenizer.
 
   Returns:
-    Notes about settings of the tokenizer that are not used.
+    Notes about settings of the tokenizer and of generation that are not used.
   """
   if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
     return []
@@ -287,9 +294,13 @@ def _check_tokenizer(folder: Path, vocab: int) -> list[str]:
       f"is {vocab}. Give the model's own tokenizer, or resize the model to the added "
       "tokens."
     )
+  settings = checkpoint_folders.find_generation_folder(folder)
+  notes = stop_tokens.describe_generation(settings, tokenizer)
   if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
-    return ["add_eos_token of the tokenizer is not used: the template ends answers"]
-  return []
+    notes.append(
+      "add_eos_token of the tokenizer is not used: the template ends answers"
+    )
+  return notes
 
 
 def _check_values(config: HfConfig, **supported):
@@ -351,11 +362,12 @@ def save_llava(
     train_merger: As in load_llava.
 
   Raises:
-    ValueError: The projector does not have 2 layers.
+    ValueError: The projector does not have 2 layers, or transformers has no such model.
   """
   table = make_table(config, train_merger=train_merger)
   if config["model_type"] in FAMILIES:
-    save_tensors(Path(folder), table, params, config, dtype)
+    rest = families.drop_original_keys(config)
+    save_tensors(Path(folder), table, params, rest, dtype)
     return
   depth = config["projector_depth"]
   if depth != 2:

@@ -12,13 +12,24 @@ from typing import Any, NamedTuple, Protocol
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from vlmrlaif_jax.data.processors.interface import Processor
+from vlmrlaif_jax.data.processors.llava_onevision import LlavaOnevisionProcessor
 from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
-from vlmrlaif_jax.huggingface import config_keys, tensor_files
+from vlmrlaif_jax.data.processors.smolvlm import SmolVLMProcessor
+from vlmrlaif_jax.huggingface import config_keys, tensor_files, vision_towers
+from vlmrlaif_jax.huggingface.checkpoint_folders import find_folder
 from vlmrlaif_jax.huggingface.config_keys import HfConfig, read_json_object
 from vlmrlaif_jax.huggingface.param_mapping import NameTable
 from vlmrlaif_jax.huggingface.tensor_files import Tensors
-from vlmrlaif_jax.models import qwen2_5_vl, qwen3_vl, vlm
+from vlmrlaif_jax.models import (
+  llava_onevision,
+  qwen2_5_vl,
+  qwen3_vl,
+  siglip,
+  smolvlm,
+  vlm,
+)
+from vlmrlaif_jax.models.layers import write_fields
 
 
 class ProcessorClass(Protocol):
@@ -51,6 +62,10 @@ class Family(NamedTuple):
 FAMILIES = {
   "qwen3_vl": Family("Qwen3-VL", qwen3_vl, Qwen3VLProcessor),
   "qwen2_5_vl": Family("Qwen2.5-VL", qwen2_5_vl, Qwen25VLProcessor),
+  "llava_onevision": Family(
+    "LLaVA-OneVision", llava_onevision, LlavaOnevisionProcessor
+  ),
+  "smolvlm": Family("SmolVLM2", smolvlm, SmolVLMProcessor),
 }
 
 # Shardings of the parameters of all families over the mesh.
@@ -123,19 +138,42 @@ def read_family_config(folder: Path) -> tuple[HfConfig, list[str]]:
   return config, config_keys.describe_unused(path, unused)
 
 
+def make_published_config(model_type: str, size: str) -> HfConfig:
+  """Returns the config of a published size, a key of the family's LLM_VARIANTS."""
+  models = FAMILIES[model_type].models
+  decoder = models.DECODER.Model(**models.LLM_VARIANTS[size])
+  tower = models.Model(**models.VARIANTS[size])
+  text = write_fields(models.DECODER.CONFIG, decoder)
+  text["model_type"] = models.DECODER.__name__.rpartition(".")[2]
+  vision = write_fields(models.CONFIG, tower)
+  kind = CONFIG_MAPPING[model_type]
+  if kind.sub_configs["vision_config"] is AutoConfig:
+    vision["model_type"] = "siglip_vision_model"
+  if models.ROPE_SECTIONS:
+    text["rope_parameters"] |= {"mrope_section": list(models.ROPE_SECTIONS)}
+  values = {
+    "text_config": text,
+    "vision_config": vision,
+    "tie_word_embeddings": decoder.tied,
+    **write_fields(models.TOP_CONFIG, tower),
+  }
+  return config_keys.make_config(kind, values, Path(size))
+
+
 def match_config(folder: Path, config: HfConfig, tensors: Tensors) -> HfConfig:
   """Returns the config with tied embeddings if the files lack an output matrix.
 
   Raises:
     ValueError: The files lack it, although the embeddings are not tied.
   """
-  tied = {"tie_word_embeddings": "lm_head.weight" not in tensors}
+  name, _ = FAMILIES[config["model_type"]].models.HF["llm/lm_head/kernel"]
+  tied = {"tie_word_embeddings": name not in tensors}
   is_stated = config["tie_word_embeddings"] or config["text_config"].get(
     "tie_word_embeddings"
   )
   if tied["tie_word_embeddings"] and not is_stated:
     raise ValueError(
-      f"{folder} has no tensor lm_head.weight, but tie_word_embeddings is false in its "
+      f"{folder} has no tensor {name}, but tie_word_embeddings is false in its "
       "config.json. Download it again."
     )
   return {**config, **tied, "text_config": {**config["text_config"], **tied}}
@@ -170,3 +208,106 @@ def read_processor(folder: Path, config: HfConfig) -> Processor:
       f"{'; '.join(problems)}. Give another checkpoint."
     )
   return processor
+
+
+# The LLaVA repository's layout of LLaVA-OneVision and LLaVA-Video.
+
+# Keys that transformers does not have -> the value that its model equals.
+_ORIGINAL_KEYS = {
+  "mm_newline_position": "one_token",
+  "mm_spatial_pool_mode": "bilinear",
+  "frames_upbound": None,
+}
+# Keys with one supported value, unless they are unset.
+_ORIGINAL_REQUIRED = {
+  "mm_projector_type": "mlp2x_gelu",
+  "mm_vision_select_feature": "patch",
+  "mm_pooling_position": "after",
+  "mm_spatial_pool_stride": 2,
+  "mm_use_im_start_end": False,
+  "mm_use_im_patch_token": False,
+  "add_faster_video": False,
+}
+_TOWER = "siglip-so400m-patch14-384"
+
+
+def is_original_onevision(config: HfConfig) -> bool:
+  """Returns whether a config of the LLaVA repository is that of a LLaVA-OneVision."""
+  is_qwen = config.get("model_type") == "llava_qwen"
+  return is_qwen and config.get("mm_patch_merge_type") == "spatial_unpad"
+
+
+def convert_original(
+  folder: Path, raw: HfConfig, tensors: Tensors, tower: str
+) -> tuple[HfConfig, tuple[str, ...]]:
+  """Converts a config of the LLaVA repository to that of transformers.
+
+  Args:
+    folder: Folder of the checkpoint, whose files contain the vision tower.
+    raw: The content of its config.json.
+    tensors: Its tensors, by their names in the family's table.
+    tower: Folder of the vision tower, for its config; "" for that of the config.
+
+  Returns:
+    The config with the keys of _ORIGINAL_KEYS, and notes about unused keys.
+
+  Raises:
+    ValueError: The config has a value that the layers do not support.
+    FileNotFoundError: The config of the vision tower does not exist.
+  """
+  path = folder / "config.json"
+  for name, value in _ORIGINAL_REQUIRED.items():
+    if raw.get(name) not in (None, value):
+      raise ValueError(
+        f"{path}: {name} must be {value!r}, got {raw[name]!r}. Give another checkpoint."
+      )
+  kind = CONFIG_MAPPING["qwen2"]
+  text = config_keys.make_config(kind, {**raw, "model_type": "qwen2"}, path)
+  known = {*kind().to_dict(), *text["rope_parameters"], "rope_parameters"}
+  read = {key: x for key, x in raw.items() if key not in _ORIGINAL_REQUIRED}
+  own = {key: read.pop(key) for key in _ORIGINAL_KEYS if read.get(key) is not None}
+  notes = config_keys.check_original_keys(path, read, "qwen2", anyres=True)
+  values = {
+    "text_config": {key: x for key, x in text.items() if key in known},
+    "vision_config": _read_original_tower(folder, str(raw["mm_vision_tower"]), tower),
+    "vision_aspect_ratio": raw.get("image_aspect_ratio"),
+    "tie_word_embeddings": text["tie_word_embeddings"],
+  }
+  if isinstance(pinpoints := raw.get("image_grid_pinpoints"), list):
+    values["image_grid_pinpoints"] = [[high, wide] for wide, high in pinpoints]
+  full = config_keys.make_config(CONFIG_MAPPING["llava_onevision"], values, path)
+  config_keys.check_sizes(full["text_config"], full["vision_config"])
+  return {**match_config(folder, full, tensors), **own}, tuple(notes)
+
+
+def _read_original_tower(folder: Path, name: str, tower: str) -> HfConfig:
+  """Returns the config of a SigLIP without its last layer, which is not used."""
+  place = find_folder(folder, tower or name)
+  if place is not None:
+    vision, *_ = vision_towers.read_tower_config(place)
+  elif name.endswith(_TOWER):
+    model = siglip.Model(**siglip.VARIANTS["so400m_384"])
+    vision = {"model_type": "siglip_vision_model"}
+    vision |= write_fields(siglip.CONFIG, model)
+  else:
+    raise FileNotFoundError(
+      f"{folder} has the vision tower {name!r}, which is not a local folder. Put its "
+      "config.json there, or set --config.model.tower to its path."
+    )
+  layers = vision["num_hidden_layers"] - 1
+  return {**vision, "num_hidden_layers": layers, "vision_use_head": False}
+
+
+def drop_original_keys(config: HfConfig) -> HfConfig:
+  """Returns a config without the keys that transformers does not have.
+
+  Raises:
+    ValueError: A model of transformers would differ.
+  """
+  for key, value in _ORIGINAL_KEYS.items():
+    if value is not None and config.get(key, value) != value:
+      raise ValueError(
+        f"{key} is {config[key]!r}, which no model of transformers has, so the policy "
+        "cannot be exported. Use launch/chat.py --workdir."
+      )
+  return {key: value for key, value in config.items() if key not in _ORIGINAL_KEYS}

@@ -6,7 +6,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from vlmrlaif_jax.core.types import AnyArray, Params
-from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
+from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors, allocate_aligned
 
 # Parameter path -> (tensor name, operation). The operation is "T" to transpose, "conv"
 # or "conv3d" to flatten, or "". "{}" in a name is the layer; layers are stacked on axis
@@ -30,6 +30,15 @@ Shape: TypeAlias = jax.ShapeDtypeStruct
 
 MAX_NAMES = 5  # Names of tensors in a message.
 _CHUNK_BYTES = 8 << 20  # Bytes of a tensor that a process transfers per step.
+_HOST_PLATFORMS = ("cpu",)  # Platforms whose devices use the memory of the host.
+
+
+class TensorParts(NamedTuple):
+  """The tensors of a parameter."""
+
+  parts: Sequence[Part]  # One tensor, or one per layer.
+  op: str  # See NameTable.
+  stacked: bool  # Whether the first axis of the parameter is the layer.
 
 
 class PackedKernel(NamedTuple):
@@ -93,7 +102,7 @@ def convert_from_hf(
     tensors: Tensors of the checkpoint, by name.
     shapes: Shapes and dtypes of the parameters; jax.eval_shape of "params".
     shardings: Sharding of each parameter. None returns NumPy arrays.
-    on_bytes_read: Receives the size of each tensor, in bytes, after it is read.
+    on_bytes_read: Receives the bytes of each parameter's tensors after they are read.
     packed: Parameter path -> packed form. Its outputs replace the last name of the
       path. Ignored if `shardings` is None.
 
@@ -109,15 +118,17 @@ def convert_from_hf(
   params: dict[str, AnyArray] = {}
   for path, shape in _flatten(shapes).items():
     name, op = table[path]
-    parts = _count_bytes((tensors[n] for n in _list_names(name, shape)), on_bytes_read)
+    parts = [tensors[n] for n in _list_names(name, shape)]
+    source = TensorParts(parts, op, "{}" in name)
     if flat_shardings is None:
-      params[path] = _load_to_host(parts, shape, op, "{}" in name)
+      params[path] = _read_slice(source, shape, (slice(None),) * len(shape.shape))
     elif path in packed:
-      leaves = _load_packed(parts, shape, op, packed[path], flat_shardings[path])
+      leaves = _load_packed(source, shape, packed[path], flat_shardings[path])
       module = path.rpartition("/")[0]
       params |= {f"{module}/{leaf}": x for leaf, x in leaves.items()}
     else:
-      params[path] = _load_to_mesh(parts, shape, op, "{}" in name, flat_shardings[path])
+      params[path] = _load_to_mesh(source, shape, flat_shardings[path])
+    on_bytes_read(sum(part.nbytes for part in parts))
   return _unflatten(params)
 
 
@@ -139,12 +150,6 @@ def convert_to_hf(table: NameTable, params: Params) -> Iterator[tuple[str, np.nd
 def _list_names(name: str, shape: Shape | AnyArray) -> list[str]:
   """Lists the tensor names of a parameter: one, or one per layer."""
   return [name.format(i) for i in range(shape.shape[0])] if "{}" in name else [name]
-
-
-def _count_bytes(parts, on_bytes_read):
-  for part in parts:
-    yield part
-    on_bytes_read(part.nbytes)
 
 
 # Checks.
@@ -207,32 +212,52 @@ def get_hf_shapes(table: NameTable, shapes: Params) -> dict[str, tuple[int, ...]
 # Reading.
 
 
-def _load_to_host(
-  parts: Iterable[Part], shape: Shape, op: str, stacked: bool
+def _read_slice(
+  source: TensorParts, shape: Shape, index: tuple[slice, ...]
 ) -> np.ndarray:
-  out = np.empty(shape.shape, shape.dtype)
-  layers = out if stacked else out[None]
-  for i, part in enumerate(parts):
-    layers[i, ...] = _FROM_HF[op](part[(slice(None),) * len(part.shape)])
+  """Reads a slice of a parameter into host memory, a few rows of a tensor per step."""
+  own = [range(*i.indices(n)) for i, n in zip(index, shape.shape, strict=True)]
+  out = allocate_aligned(tuple(map(len, own)), shape.dtype)
+  axes = [slice(i.start, i.stop) for i in own[source.stacked :]]
+  for layer, part in zip(out if source.stacked else [out], source.parts, strict=True):
+    if not axes:
+      layer[...] = part[()]
+      continue
+    rows, *others = axes[::-1] if source.op else axes
+    rest = others if source.op in ("", "T") else [slice(None)] * (len(part.shape) - 1)
+    count = max(1, _CHUNK_BYTES * part.shape[0] // part.nbytes)
+    for start in range(rows.start, rows.stop, count):
+      stop = min(start + count, rows.stop)
+      piece = _FROM_HF[source.op](part[(slice(start, stop), *rest)])
+      piece = piece if source.op in ("", "T") else piece[axes[0]]
+      written = slice(start - rows.start, stop - rows.start)
+      layer[(..., written) if source.op else written] = piece
   return out
 
 
-def _load_to_mesh(
-  parts: Iterable[Part], shape: Shape, op: str, stacked: bool, sharding: NamedSharding
-) -> Array:
+def _is_read_to_host(source: TensorParts, sharding: NamedSharding) -> bool:
+  """Returns whether the host converts a parameter, instead of the devices.
+
+  Devices convert in compiled programs, which take longer than to read a small
+  parameter. On a CPU the host's array is the shard.
+  """
+  on_host = sharding.mesh.devices.flat[0].platform in _HOST_PLATFORMS
+  return on_host or sum(part.nbytes for part in source.parts) <= _CHUNK_BYTES
+
+
+def _load_to_mesh(source: TensorParts, shape: Shape, sharding: NamedSharding) -> Array:
+  layer_sharding = _drop_layer_axis(sharding) if source.stacked else sharding
+  if _is_read_to_host(source, sharding):
+    read = functools.partial(_read_slice, source, shape)
+    return jax.make_array_from_callback(shape.shape, sharding, read)
   out = jnp.zeros(shape.shape, shape.dtype, device=sharding)
-  layer_sharding = _drop_layer_axis(sharding) if stacked else sharding
-  for i, part in enumerate(parts):
-    out = _load_layer(out, i, part, op, sharding, layer_sharding)
+  for i, part in enumerate(source.parts):
+    out = _load_layer(out, i, part, source.op, sharding, layer_sharding)
   return out
 
 
 def _load_packed(
-  parts: Iterable[Part],
-  shape: Shape,
-  op: str,
-  packed: PackedKernel,
-  sharding: NamedSharding,
+  source: TensorParts, shape: Shape, packed: PackedKernel, sharding: NamedSharding
 ) -> dict[str, Array]:
   layers, *layer_shape = shape.shape
   layer = Shape(tuple(layer_shape), shape.dtype)
@@ -242,12 +267,11 @@ def _load_packed(
   }
   shardings = tuple(x.sharding for x in jax.tree.leaves(out))
   layer_sharding = _drop_layer_axis(sharding)
-  # All layers share one buffer, because freed memory is not always reused.
-  buffer = jnp.zeros(layer.shape, layer.dtype, device=layer_sharding)
-  for i, part in enumerate(parts):
-    buffer = _load_layer(buffer, 0, part, op, layer_sharding, layer_sharding)
-    out = _write_packed(out, buffer, i, packed.pack, shardings)
+  for i, part in enumerate(source.parts):
+    one = _load_to_mesh(TensorParts([part], source.op, False), layer, layer_sharding)
+    out = _write_packed(out, one, i, packed.pack, shardings)
     jax.block_until_ready(out)
+    one.delete()  # Before the next layer is read.
   return out
 
 
@@ -268,8 +292,8 @@ def _load_layer(
   source = _source_sharding(layer_sharding, out.ndim - stacked, op)
   for rows in _cut_shards(part, source):
     chunk = _read_shard_rows(part, source, rows)
-    chunk = _transpose_cast(chunk, op, out.dtype, layer_sharding)
-    out = _write_rows(out, chunk, i, rows[0].start if rows else 0, bool(op), sharding)
+    row = rows[0].start if rows else 0
+    out = _write_rows(out, chunk, i, row, op, sharding, layer_sharding)
     # Without this, the host would read ahead and hold more chunks.
     out.block_until_ready()
   return out
@@ -326,55 +350,43 @@ def _read_shard_rows(part, source: NamedSharding, rows: tuple[slice, ...]) -> Ar
   return jax.make_array_from_callback(shape, source, read)
 
 
-@functools.partial(jax.jit, static_argnames=("op", "dtype", "sharding"))
-def _transpose_cast(
-  part: Array, op: str, dtype: np.dtype, sharding: NamedSharding
-) -> Array:
-  converted = _FROM_HF[op](part).astype(dtype)
-  return jax.lax.with_sharding_constraint(converted, sharding)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("last", "sharding"))
+@functools.partial(
+  jax.jit, donate_argnums=0, static_argnames=("op", "sharding", "layer_sharding")
+)
 def _write_rows(
   out: Array,
   chunk: Array,
   layer: Number,
   row: Number,
-  last: bool,
+  op: str,
   sharding: NamedSharding,
+  layer_sharding: NamedSharding,
 ) -> Array:
-  """Writes rows of every shard, as _transpose_cast returns them, into a parameter.
-
-  This is not fused with _transpose_cast, because XLA's CPU compiler transposes ten
-  times slower inside a larger computation.
+  """Converts rows of every shard of a tensor and writes them into a parameter.
 
   Args:
     out: Parameter.
     chunk: Rows of every shard.
     layer: Index of the layer; ignored if `out` is not stacked.
     row: First row, relative to the shard.
-    last: Whether rows are on the last axis of the parameter instead of the first.
+    op: Operation; see NameTable.
     sharding: Sharding of `out`.
+    layer_sharding: Sharding of a layer of `out`.
   """
-  stacked = out.ndim - chunk.ndim
-  # XLA's CPU compiler would convert a whole bfloat16 array to float32 and back.
-  on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
-  bits = f"uint{8 * out.dtype.itemsize}" if on_cpu else out.dtype
-  start = [layer] * stacked + [0] * chunk.ndim
-  if chunk.ndim:
-    start[-1 if last else stacked] = row
+  converted = _FROM_HF[op](chunk).astype(out.dtype)
+  converted = jax.lax.with_sharding_constraint(converted, layer_sharding)
+  stacked = out.ndim - converted.ndim
+  start = [layer] * stacked + [0] * converted.ndim
+  if converted.ndim:  # Rows of the tensor are on the last axis, or on the first one.
+    start[-1 if op else stacked] = row
 
-  def write(out, chunk, start):
-    as_bits = lambda x: jax.lax.bitcast_convert_type(x, bits)
-    chunk = as_bits(chunk)[(None,) * stacked]
-    written = jax.lax.dynamic_update_slice(as_bits(out), chunk, start)
-    return jax.lax.bitcast_convert_type(written, out.dtype)
+  def write(out, rows, start):
+    return jax.lax.dynamic_update_slice(out, rows[(None,) * stacked], start)
 
-  spec = sharding.spec
-  specs = spec, PartitionSpec(*spec[stacked:]), PartitionSpec()
-  return jax.shard_map(write, mesh=sharding.mesh, in_specs=specs, out_specs=spec)(
-    out, chunk, start
-  )
+  specs = sharding.spec, layer_sharding.spec, PartitionSpec()
+  return jax.shard_map(
+    write, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec
+  )(out, converted, start)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("pack", "shardings"))

@@ -27,8 +27,12 @@ from vlmrlaif_jax.huggingface.tensor_files import Index, Tensor, Tensors
 from vlmrlaif_jax.models.decoders import llama
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_EMBEDDING = "language_model.model.embed_tokens.weight"
-_OUTPUT = "language_model.lm_head.weight"
+# Names in the tables of a LLaVA and of the other families.
+_EMBEDDINGS = {
+  "language_model.model.embed_tokens.weight",
+  "model.language_model.embed_tokens.weight",
+}
+_OUTPUTS = {"language_model.lm_head.weight", "lm_head.weight"}
 # Module, A or B, and the name of the adapter, which some files include.
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.(?:\w+\.)?weight")
 _EMBEDDING_FACTOR = re.compile(r"(.*)\.lora_embedding_([AB])(?:\.\w+)?")
@@ -216,7 +220,7 @@ def _check_whole_tensors(adapter: Adapter, tensors: Tensors) -> None:
   """Checks that the model has the tensors that were trained whole, in their shapes."""
   for name, x in adapter.rest.items():
     shape = tuple(tensors[name].shape) if name in tensors else None
-    if shape != tuple(x.shape) and name != _OUTPUT:
+    if shape != tuple(x.shape) and name not in _OUTPUTS:
       raise ValueError(
         f"the adapter in {adapter.folder} replaces {adapter.names[name]} by a tensor "
         f"of shape {tuple(x.shape)}, but its base has "
@@ -228,7 +232,7 @@ def _check_whole_tensors(adapter: Adapter, tensors: Tensors) -> None:
 def _check_embeddings(adapter: Adapter, tensors: Tensors) -> None:
   """Checks that no update changes only one of two tied matrices."""
   changed = {f"{module}.weight" for module in adapter.factors} | set(adapter.rest)
-  if _OUTPUT not in tensors and changed & {_EMBEDDING, _OUTPUT}:
+  if not _OUTPUTS & set(tensors) and changed & (_EMBEDDINGS | _OUTPUTS):
     raise ValueError(
       f"the adapter in {adapter.folder} changes the embedding or lm_head, but in its "
       "base the lm_head is the embedding (tie_word_embeddings), so one would change "

@@ -37,7 +37,7 @@ _RENAMES = (
   (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model.model."),
   (r"^lm_head\.", "language_model.lm_head."),
   # transformers: in memory from 4.52, on disk from 5.
-  (r"^model\.(?=language_model|vision_tower|multi_modal)", ""),
+  (r"^model\.(?=language_model|vision_tower|multi_modal|image_newline)", ""),
   (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
   (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )

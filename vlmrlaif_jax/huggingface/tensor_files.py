@@ -60,6 +60,7 @@ class Tensor:
     return self.read(index)
 
 
+_ALIGNMENT = 64  # JAX on CPU uses a NumPy array without a copy at such an address.
 # Files that write_folder writes.
 _WRITTEN = re.compile(
   r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -231,6 +232,14 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
     return Tensor(tuple(x.shape), dtype, read)
 
   return {name: make_tensor(x) for name, x in loaded.items()}
+
+
+def allocate_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Returns an empty array that a CPU device can use without a copy."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  buffer = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -buffer.ctypes.data % _ALIGNMENT
+  return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 @contextlib.contextmanager

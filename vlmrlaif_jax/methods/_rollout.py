@@ -24,7 +24,7 @@ def make_collector(
   policy: Any,
   score: Callable,
   prepare_rollout: Callable,
-  **limits: int,
+  **limits: Any,
 ) -> Collector:
   """Returns the collector of a method: it samples and scores responses.
 
@@ -35,7 +35,7 @@ def make_collector(
       called between two jitted functions.
     prepare_rollout: jitted function of (params, frozen, sampled, scores, valid) that
       returns (rollout, info).
-    **limits: max_new, eos, pad and vocab; see generate.
+    **limits: max_new, stops, pad and vocab; see generate.
   """
   settings: dict[str, Any] = {key: config[key] for key in SAMPLING_SETTINGS} | limits
 

@@ -21,6 +21,7 @@ from vlmrlaif_jax.core.types import (
   Loss,
   Method,
   MethodModels,
+  Stops,
   group_rows,
   has_stop,
   merge_params,
@@ -167,12 +168,12 @@ def default_config() -> ConfigDict:
 
 
 def make(
-  config: ConfigDict, parts: MethodModels, *, max_new: int, eos: int, **limits: int
+  config: ConfigDict, parts: MethodModels, *, max_new: int, stops: Stops, **limits: int
 ) -> Method:
   """Returns GRPO, which trains the role "policy".
 
   It reads "policy", "ref" and the roles of parts.score from frozen. parts.score may be
-  a function of the host. `generate` describes max_new, eos, pad and vocab.
+  a function of the host. `generate` describes max_new, stops, pad and vocab.
   """
   check(config)
   policy = parts.policy
@@ -187,7 +188,7 @@ def make(
     batch, start = sampled.batch, sampled.logps.shape[1] - max_new
     groups = group_rows(batch, group=config.samples, start=start)
     to_groups = lambda x: x.reshape(-1, config.samples)
-    scores, valid, stopped = map(to_groups, (scores, valid, has_stop(batch, eos)))
+    scores, valid, stopped = map(to_groups, (scores, valid, has_stop(batch, stops)))
     valid &= jnp.isfinite(scores)
     scores = jnp.where(valid, scores, 0.0)
     old_logps = sampled.logps[:, start:].reshape(groups.tokens.shape)
@@ -223,8 +224,8 @@ def make(
     logps, entropy = compute_logps(variables, rollout.groups)
     return compute_grpo_loss(config, rollout, logps, entropy, max_new)
 
-  limits |= {"max_new": max_new, "eos": eos}
-  collect = make_collector(config, policy, parts.score, prepare_rollout, **limits)
+  sampling = {"max_new": max_new, "stops": stops, **limits}
+  collect = make_collector(config, policy, parts.score, prepare_rollout, **sampling)
   return Method(Batch, collect, loss)
 
 

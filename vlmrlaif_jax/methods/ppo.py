@@ -19,6 +19,7 @@ from vlmrlaif_jax.core.types import (
   MethodModels,
   Params,
   Rollout,
+  Stops,
   has_stop,
   merge_params,
 )
@@ -64,12 +65,12 @@ def default_config() -> ConfigDict:
 
 
 def make(
-  config: ConfigDict, parts: MethodModels, *, max_new: int, eos: int, **limits: int
+  config: ConfigDict, parts: MethodModels, *, max_new: int, stops: Stops, **limits: int
 ) -> Method:
   """Returns PPO, which trains the roles "policy" and "critic".
 
   It reads "policy", "critic", "ref" and the roles of parts.score from frozen.
-  `generate` describes max_new, eos and the limits pad and vocab.
+  `generate` describes max_new, stops and the limits pad and vocab.
   """
   check(config)
   policy, critic = parts.policy, parts.critic
@@ -103,7 +104,7 @@ def make(
       adv.estimate_kl(old_logps, ref_logps, estimator="k1"),
       scores=scores,
       valid=valid,
-      stopped=has_stop(batch, eos),
+      stopped=has_stop(batch, stops),
       advantages=jnp.sum(advantages, axis=1, where=first),
     )
     gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
@@ -120,7 +121,7 @@ def make(
 
   score = jax.jit(parts.score)
   collect = make_collector(
-    config, policy, score, prepare_rollout, max_new=max_new, eos=eos, **limits
+    config, policy, score, prepare_rollout, max_new=max_new, stops=stops, **limits
   )
   return Method(Batch, collect, loss)
 

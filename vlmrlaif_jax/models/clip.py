@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer
+from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer, TowerShape
 from vlmrlaif_jax.models.ops.attention import attend
 
 # Sizes of vision towers.
@@ -286,16 +286,33 @@ class VisionTower(Tower, kw_only=True):
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""
+    layers = self.selected_layers
     pixels = self.normalize(jnp.array([[[0] * 3, [255] * 3]], jnp.uint8))
     return {
       "kind": type(self).__module__,  # The family, such as CLIP or SigLIP.
       **dict(image=self.image, patch=self.patch, heads=self.heads),
       **dict(activation=self.activation, eps=self.eps),
-      "layer": self.selected_layers,
+      "layer": layers[0] if len(layers) == 1 else layers,
       "dtype": jnp.dtype(self.dtype).name,
       # Rounded, because the last bit of a division differs between accelerators.
       "pixels": np.round(pixels, 4).tolist(),
     }
+
+  def measure(self, grid: tuple[int, int]) -> TowerShape:
+    """Returns the sizes of the tower, whose grid is always the same."""
+    del grid
+    return TowerShape(
+      (self.image, self.image, 3),
+      "uint8",
+      self.embed,
+      self.mlp,
+      self.heads,
+      layers=self.selected,
+      patches=self.patch_count,
+      inputs=3 * self.patch**2,
+      kernels=self.embed * (4 * self.embed + 2 * self.mlp),
+      pairs=self.patch_count**2,
+    )
 
   def example_inputs(self) -> tuple[Any, ...]:
     """Returns inputs by which the tower is initialized."""
@@ -314,9 +331,14 @@ class VisionTower(Tower, kw_only=True):
     patches = self.patches(images)
     return patches.reshape(*video.shape[:2], *patches.shape[1:])
 
-  def _embed(self, pixels: Float[Array, "batch height width 3"]) -> HiddenStates:
+  def _cut(
+    self, pixels: Float[Array, "batch height width 3"]
+  ) -> Float[Array, "batch patches channels"]:
+    return cut_patches(pixels, self.image, self.patch)
+
+  def _embed(self, patches: Float[Array, "batch patches channels"]) -> HiddenStates:
     """Returns embeddings of the class token, if any, and of patches in raster order."""
-    x = self.patch_kernel(cut_patches(pixels, self.image, self.patch))
+    x = self.patch_kernel(patches)
     if not self.class_token:
       return x + self.position_embedding.astype(x.dtype)
     first = jnp.broadcast_to(self.class_embedding, (len(x), 1, self.embed))
@@ -330,14 +352,20 @@ class VisionTower(Tower, kw_only=True):
 
     It is that of the class token or, without a class token, that of every patch.
     """
-    x = run_blocks(self.blocks, self._embed(pixels), self.layers)
+    x = run_blocks(self.blocks, self._embed(self._cut(pixels)), self.layers)
     return self.post_norm(x[:, 0] if self.class_token else x)
 
   def patches(
     self, pixels: Float[Array, "batch height width 3"]
   ) -> Float[Array, "batch patches channels"]:
     """Computes the selected hidden states of the patches; later layers do not run."""
-    x, done, states = self._embed(pixels), 0, {}
+    return self.select_states(self._cut(pixels))
+
+  def select_states(
+    self, patches: Float[Array, "batch patches channels"]
+  ) -> Float[Array, "batch patches features"]:
+    """Computes the hidden states of `patches` from the result of cut_patches."""
+    x, done, states = self._embed(patches), 0, {}
     for layer in sorted(set(self.selected_layers)):
       states[layer] = x = run_blocks_between(self.blocks, x, done, layer)
       done = layer

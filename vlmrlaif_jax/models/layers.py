@@ -60,6 +60,22 @@ def describe_settings(module: nn.Module) -> dict[str, Any]:
   return {"kind": type(module).__module__, **values}
 
 
+class TowerShape(NamedTuple):
+  """Sizes of a vision tower, for a frame or a temporal patch of a given grid."""
+
+  pixels: tuple[int, ...]  # Shape of its input.
+  pixel_dtype: DTypeLike  # Dtype of its input.
+  embed: int  # Width of hidden states.
+  mlp: int  # Width of the MLP.
+  heads: int  # Attention heads.
+  layers: int  # Layers that run.
+  patches: int  # Patches.
+  inputs: int  # Numbers of a patch.
+  kernels: int  # Weights of a layer's matrices.
+  pairs: float  # Pairs of patches that attend to each other, the mean of all layers.
+  merged: int = 0  # Multiplications of the mergers.
+
+
 class RopeScaling(NamedTuple):
   """Scaling of the rotary frequencies of a model whose context was extended."""
 

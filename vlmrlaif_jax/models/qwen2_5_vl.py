@@ -8,6 +8,7 @@ The language model is Qwen2 with three position axes; see LLM_VARIANTS.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from vlmrlaif_jax.models.layers import (
   HiddenStates,
   Layer,
   RMSNorm,
+  TowerShape,
   VisualFeatures,
   describe_settings,
   read_fields,
@@ -57,11 +59,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "72b": _shape(8192, 3456),
 }
 
+DECODER = qwen2  # Module of the language model.
+
 # Sizes of language models, as settings of decoder.Decoder.
 LLM_VARIANTS = {name: qwen2.VARIANTS[name] for name in ("3b", "7b", "32b", "72b")}
 
 # Neighboring frequencies of a head that belong to the time, height and width axis.
 ROPE_SECTIONS = (16, 24, 24)
+
+# Names of other fields of Model in a config.json.
+TOP_CONFIG: dict[str, str] = {}
 
 # Names of the fields of Model in "vision_config" of a Hugging Face config.json.
 CONFIG = {
@@ -80,9 +87,9 @@ CONFIG = {
 SHARDING = (
   # A shard of the joint columns of q, k and v would not contain whole heads, and the
   # width of the MLP of 3b and 7b is no multiple of 8.
-  (r"blocks/(qkv|gate|up)/kernel", P(None, ("fsdp", "tensor"))),
+  (r"blocks/(qkv|mlp_gate|mlp_up)/kernel", P(None, ("fsdp", "tensor"))),
   (r"blocks/o/kernel", P(None, "tensor", "fsdp")),
-  (r"blocks/down/kernel", P(None, None, ("fsdp", "tensor"))),
+  (r"blocks/mlp_down/kernel", P(None, None, ("fsdp", "tensor"))),
   (r"blocks/\w+/bias", P()),
   (r"patch/kernel", P(None, "tensor")),
   (r"merger/fc1/kernel", P("fsdp", "tensor")),
@@ -102,9 +109,9 @@ HF_VISION = {
     for module, source in (
       ("blocks/qkv", "blocks.{}.attn.qkv"),
       ("blocks/o", "blocks.{}.attn.proj"),
-      ("blocks/gate", "blocks.{}.mlp.gate_proj"),
-      ("blocks/up", "blocks.{}.mlp.up_proj"),
-      ("blocks/down", "blocks.{}.mlp.down_proj"),
+      ("blocks/mlp_gate", "blocks.{}.mlp.gate_proj"),
+      ("blocks/mlp_up", "blocks.{}.mlp.up_proj"),
+      ("blocks/mlp_down", "blocks.{}.mlp.down_proj"),
       ("merger/fc1", "merger.mlp.0"),
       ("merger/fc2", "merger.mlp.2"),
     )
@@ -128,8 +135,13 @@ MERGERS = {"merger": "merger"}
 
 # Values that a config must have, by its part.
 REQUIRED: dict[str, dict[str, Any]] = {
-  "text_config": dict(hidden_act="silu"),
-  "vision_config": dict(hidden_act="silu", temporal_patch_size=_FRAMES),
+  "text_config": dict(hidden_act="silu", use_sliding_window=False),
+  "vision_config": dict(
+    hidden_act="silu",
+    in_channels=3,
+    temporal_patch_size=_FRAMES,
+    rope_parameters={"rope_type": "axial", "rope_theta": 10_000.0},
+  ),
 }
 
 
@@ -191,8 +203,9 @@ class WindowBlock(Layer):
     x = x + dense(embed, name="o")(h.reshape(x.shape))
 
     h = norm(name="norm2")(x)
-    h = nn.silu(dense(self.mlp, name="gate")(h)) * dense(self.mlp, name="up")(h)
-    return x + dense(embed, name="down")(h)
+    # Other names than those of a language model, whose shardings do not divide them.
+    gate = nn.silu(dense(self.mlp, name="mlp_gate")(h))
+    return x + dense(embed, name="mlp_down")(gate * dense(self.mlp, name="mlp_up")(h))
 
 
 def _attend(q, k, v, *, real):
@@ -277,6 +290,26 @@ class Model(Mergers, kw_only=True):
     """Shape of the features of a token."""
     return (self.out if self.merges else self.merge**2 * self.embed,)
 
+  def measure(self, grid: tuple[int, int]) -> TowerShape:
+    """Returns the sizes of the tower for a temporal patch."""
+    patches, inputs = math.prod(grid), 3 * _FRAMES * self.patch**2
+    window = min(patches, (self.window // self.patch) ** 2)
+    full = len(self.full_layers) / self.layers
+    square = self.merge**2 * self.embed
+    return TowerShape(
+      (patches, inputs),
+      "float32",
+      self.embed,
+      self.mlp,
+      self.heads,
+      self.layers,
+      patches,
+      inputs,
+      kernels=self.embed * (4 * self.embed + 3 * self.mlp),
+      pairs=patches * (full * patches + (1 - full) * window),
+      merged=self.merges * patches // self.merge**2 * square * (square + self.out),
+    )
+
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""
     return describe_settings(self)
@@ -327,6 +360,12 @@ def make_model(
   """Builds the model of a config.json; see qwen3_vl.make_model."""
   text, types = config["text_config"], DTypes(dtype=dtype, param_dtype=dtype)
   fields = read_fields(CONFIG, config["vision_config"])
+  cell = fields["patch"] * fields["merge"]
+  if fields["window"] <= 0 or fields["window"] % cell:
+    raise ValueError(
+      f"vision_config.window_size must be a multiple of {cell}, the side of a square "
+      f"of merged patches, got {fields['window']}. Give the config.json of the weights."
+    )
   tower = Model(
     **{**fields, "full_layers": tuple(fields["full_layers"])},
     merges=not train_merger,

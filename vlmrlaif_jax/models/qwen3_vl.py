@@ -8,6 +8,7 @@ The language model is Qwen3 with three position axes; see LLM_VARIANTS.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from vlmrlaif_jax.models.layers import (
   DTypes,
   HiddenStates,
   Layer,
+  TowerShape,
   VisualFeatures,
   describe_settings,
   read_fields,
@@ -59,6 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "32b": dict(**_large, out=5120),
 }
 
+DECODER = qwen3  # Module of the language model.
+
 # Sizes of language models, as settings of decoder.Decoder.
 LLM_VARIANTS: dict[str, dict[str, Any]] = {
   name: {**qwen3.VARIANTS[size], "rope_base": 5e6}
@@ -68,6 +72,9 @@ LLM_VARIANTS: dict[str, dict[str, Any]] = {
 # Frequencies of the height and the width axis among all frequencies of a head: 1:60:3
 # and 2:60:3. The time axis has the others.
 ROPE_SECTIONS = (24, 20, 20)
+
+# Names of other fields of Model in a config.json.
+TOP_CONFIG: dict[str, str] = {}
 
 # Names of the fields of Model in "vision_config" of a Hugging Face config.json.
 CONFIG = {
@@ -268,6 +275,25 @@ class Model(Mergers, kw_only=True):
     """Shape of the features of a token."""
     width = self.out if self.merges else self.merge**2 * self.embed
     return ((1 + len(self.taps)) * width,)
+
+  def measure(self, grid: tuple[int, int]) -> TowerShape:
+    """Returns the sizes of the tower for a temporal patch."""
+    patches, inputs = math.prod(grid), 3 * _FRAMES * self.patch**2
+    square = self.merge**2 * self.embed
+    mergers = (1 + len(self.taps)) * square * (square + self.out)
+    return TowerShape(
+      (patches, inputs),
+      "float32",
+      self.embed,
+      self.mlp,
+      self.heads,
+      self.layers,
+      patches,
+      inputs,
+      kernels=self.embed * (4 * self.embed + 2 * self.mlp),
+      pairs=patches**2,
+      merged=self.merges * patches // self.merge**2 * mergers,
+    )
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""

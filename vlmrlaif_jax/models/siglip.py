@@ -3,8 +3,10 @@
 from typing import Any
 
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.models.layers import HiddenStates
 
 VARIANTS: dict[str, dict[str, Any]] = {
   # As in so400m_384, the image is no multiple of a patch and its margin is cut off.
@@ -36,3 +38,15 @@ class Model(clip.VisionTower):
   class_token: bool = False
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+  def encode_patches(
+    self, patches: Float[Array, "images patches channels"]
+  ) -> HiddenStates:
+    """Computes the last hidden states of images that are cut, after the last norm.
+
+    Args:
+      patches: normalized pixels by clip.cut_patches.
+    """
+    x = self.patch_kernel(patches)
+    x = x + self.position_embedding.astype(x.dtype)
+    return self.post_norm(clip.run_blocks(self.blocks, x, self.layers))

@@ -16,10 +16,10 @@ from transformers import LlavaConfig
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.data import stop_tokens, tokenization
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert, families
 from vlmrlaif_jax.models import clip, projector, vlm
-from vlmrlaif_jax.runtime import loading
+from vlmrlaif_jax.runtime import loading, video
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.arrays import ArrayFactory, add_shardings
 from vlmrlaif_jax.runtime.run import Run
@@ -34,17 +34,15 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     UserError: A checkpoint is missing and its size is not known.
   """
   model = config.model
-  published = _find_config(model.path, model.tower, model.size)
+  published, other = find_configs(config)
   policy = scorer = _make_model(model, published, mesh)
-  if run_lib.has_separate_reward_model(config):
-    size = model.reward_model_size or model.size
-    other = _find_config(model.reward_model_path, model.tower, size)
+  if other is not published:
     scorer = _make_model(model, other, mesh)
-  tokenizer, template = _load_tokenizer(model.path, model.template)
+  tokenizer, template, stops = _load_tokenizer(model.path, model.template)
   folder = pathlib.Path(model.path)
   if model.path.startswith(run_lib.BUILTIN):
     folder = run_lib.resolve_checkpoint(model.path)
-  return loading.create_run_of_models(
+  run = loading.create_run_of_models(
     config,
     pathlib.Path(),
     mesh,
@@ -52,9 +50,30 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     scorer,
     tokenizer,
     template,
-    convert.load_processor(folder, published, policy[0], model.frames),
+    stops,
+    loading.configure_processor(
+      convert.load_processor(folder, published, policy[0], model.frames), model
+    ),
     ABSTRACT_ARRAYS,
   )
+  length = video.get_max_length(run.processor, config.data.prompt_len)
+  return run._replace(features=run.features._replace(length=length))
+
+
+def find_configs(config: ConfigDict) -> tuple[convert.HfConfig, convert.HfConfig]:
+  """Returns the configs of the checkpoints of the policy and of the reward model.
+
+  Raises:
+    FileNotFoundError: A language model has no vision tower.
+    UserError: A checkpoint is missing and its size is not known.
+    ValueError: A checkpoint is not supported.
+  """
+  model = config.model
+  policy = _find_config(model.path, model.tower, model.size)
+  if not run_lib.has_separate_reward_model(config):
+    return policy, policy
+  size = model.reward_model_size or model.size
+  return policy, _find_config(model.reward_model_path, model.tower, size)
 
 
 class PlannedStage(NamedTuple):
@@ -102,7 +121,9 @@ def _find_config(path: str, tower: str, size: str) -> convert.HfConfig:
   except UserError as error:
     if size in run_lib.PLANNED_SIZES:
       return _make_known_config(size)
-    sizes = ", ".join(run_lib.PLANNED_SIZES)
+    if size in run_lib.PLANNED_FAMILIES:
+      return families.make_published_config(*run_lib.PLANNED_FAMILIES[size])
+    sizes = ", ".join((*run_lib.PLANNED_SIZES, *run_lib.PLANNED_FAMILIES))
     raise UserError(
       f"{error}; or, to plan without a checkpoint, set --config.model.size (and "
       f"--config.model.reward_model_size) to one of {sizes}; got {size!r}"
@@ -124,7 +145,7 @@ def _make_known_config(size: str) -> convert.HfConfig:
 
 @functools.lru_cache
 def _load_tokenizer(path: str, template: str):
-  """Returns a checkpoint's tokenizer and template, or the built-in ones.
+  """Returns a checkpoint's tokenizer, template and EOS ids, or the built-in ones.
 
   A plan depends only on a few ids and on the length of a prompt.
   """
@@ -134,4 +155,6 @@ def _load_tokenizer(path: str, template: str):
     folder = checkpoint_layouts.find_tokenizer_folder(checkpoint)
   else:
     folder, template = run_lib.resolve_checkpoint(run_lib.BUILTIN + "tiny"), "brief"
-  return tokenization.load_tokenizer(folder), tokenization.get_template(template)
+  tokenizer = tokenization.load_tokenizer(folder)
+  own = tokenization.get_template(template)
+  return tokenizer, own, stop_tokens.read_stops(folder, tokenizer, own)

@@ -21,7 +21,7 @@ from vlmrlaif_jax.core.types import Frozen, ModelPass
 from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.planner.abstract_run import PlannedStage, plan_recipe_stages
 from vlmrlaif_jax.planner.compile import CompiledProgram
-from vlmrlaif_jax.planner.flops import get_model_sizes
+from vlmrlaif_jax.planner.flops import count_row_features, get_model_sizes
 from vlmrlaif_jax.planner.roofline import (
   MeshSplit,
   count_cache_bytes,
@@ -160,12 +160,14 @@ def _count_videos(run, passes: list[ModelPass], split: MeshSplit) -> float:
   Each response to a prompt has its own copy of the features.
   """
   first, tower = passes[0], run.policy.vision
-  rows, frames = first.rows, first.frames
+  rows = first.rows
   if first.phase == "encode":
-    return rows / split.rows * frames * tower.image**2 * 3
+    shape = tower.measure(first.grid)
+    frame = math.prod(shape.pixels) * jnp.dtype(shape.pixel_dtype).itemsize
+    return rows / split.rows * first.frames * frame
   copies = sum(p.rows for p in passes if p.phase == "decode" and p.rows > rows)
-  patches = frames * tower.patch_count
-  return (rows + copies) / split.rows * patches * tower.channels * 2
+  numbers = first.frames * math.prod(tower.feature_shape)
+  return (rows + copies) / split.rows * numbers * 2
 
 
 def _count_unstacked(function: DeviceFunction, p: ModelPass) -> float:
@@ -184,13 +186,12 @@ def _count_rows(p: ModelPass, split: MeshSplit) -> float:
 def _count_working(p: ModelPass, split: MeshSplit) -> float:
   """Counts the bytes of one layer, or of the projector on all patches if larger."""
   if p.phase == "encode":
-    tower = p.model.vision
-    patches = tower.patch_count
+    tower = p.model.vision.measure(p.grid)
     images = p.rows / split.rows * p.frames
-    square = tower.heads * patches**2 * 4
-    wide = patches * (4 * tower.embed + tower.mlp + 9 * tower.patch**2)
-    return images * (wide * jnp.dtype(tower.dtype).itemsize + square)
-  llm, size, tower = p.model.llm, get_model_sizes(p.model), p.model.vision
+    square = tower.heads * tower.patches**2 * 4
+    wide = tower.patches * (4 * tower.embed + tower.mlp + 3 * tower.inputs)
+    return images * (wide * jnp.dtype(p.model.vision.dtype).itemsize + square)
+  llm, size = p.model.llm, get_model_sizes(p.model)
   tokens = _count_rows(p, split) * get_row_length(p)
   sharded = (2 * size.width + 2 * size.kv_width + 3 * llm.mlp) / split.tensor
   layer = tokens * (6 * llm.embed + sharded) * size.dtype
@@ -202,9 +203,11 @@ def _count_working(p: ModelPass, split: MeshSplit) -> float:
   if p.group > 1 and llm.attention in ("splash", "cudnn"):
     copied = _count_rows(p, split) * p.group * p.time * 2 * (size.width + size.kv_width)
     square += copied / split.tensor * size.dtype * (2 if p.phase == "train" else 1)
-  patches = p.frames * tower.patch_count
-  seen = p.rows / split.rows / p.parts * patches * llm.embed * size.dtype * 2
-  return max(layer + square, seen)
+  # Features of DeepStack exist while all layers run.
+  layer += size.taps * tokens * llm.embed * size.dtype
+  width = (1 + size.taps) * llm.embed
+  features = p.rows / split.rows / p.parts * count_row_features(p)
+  return max(layer + square, features * width * size.dtype * 2)
 
 
 def _count_residuals(p: ModelPass, split: MeshSplit) -> float:
@@ -266,6 +269,8 @@ def check_memory(config: ConfigDict, stages: Iterable[str]) -> None:
   """
   mesh = sharding.make_mesh(**config.mesh)
   run, tensor = abstract_run.create_abstract_run(config, mesh), mesh.shape["tensor"]
+  if run.processor.layout is None:
+    return  # The tokens of a video are not known before its frames are read.
   model = config.model
   for path, vlm in (
     (model.path, run.policy),
@@ -277,6 +282,8 @@ def check_memory(config: ConfigDict, stages: Iterable[str]) -> None:
         f"requires a multiple of --config.mesh.tensor={tensor}. Set another "
         "--config.mesh.tensor, or --config.model.attention=xla"
       )
+  if run.processor.layout is None:
+    return  # The tokens of a video are not known before its frames are read.
   limit = get_device_memory(jax.local_devices()[0], jax.local_device_count())
   for stage in plan_recipe_stages(run, stages):
     for function in stage.workload.functions:

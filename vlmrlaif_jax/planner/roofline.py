@@ -125,11 +125,10 @@ def _count_train(p: ModelPass) -> PassFlops:
 
 def _count_encode(p: ModelPass) -> PassFlops:
   """Counts the vision tower up to the layer whose output is read."""
-  tower, patches = p.model.vision, p.model.vision.patch_count
-  images, layers = p.rows * p.frames, tower.selected
-  each = tower.embed * (4 * tower.embed + 2 * tower.mlp)
-  products = 2.0 * images * patches * (layers * each + 3 * tower.patch**2 * tower.embed)
-  both = products + 4.0 * images * layers * tower.embed * patches**2
+  tower, images = p.model.vision.measure(p.grid), p.rows * p.frames
+  patch = tower.layers * tower.kernels + tower.inputs * tower.embed
+  products = 2.0 * images * (tower.patches * patch + tower.merged)
+  both = products + 4.0 * images * tower.layers * tower.embed * tower.pairs
   return PassFlops(both, both)
 
 
@@ -222,12 +221,11 @@ def count_cache_bytes(model_pass: ModelPass, split: MeshSplit) -> float:
 
 
 def _count_encode_bytes(p: ModelPass, split: MeshSplit) -> float:
-  tower, patches = p.model.vision, p.model.vision.patch_count
-  tokens = p.rows / split.rows * p.frames * patches
-  size = jnp.dtype(tower.dtype).itemsize
-  square = tower.heads * patches * 4 * 4
-  each = size * (12 * tower.embed + 4 * tower.mlp) + square
-  return tokens * tower.selected * each
+  tower, images = p.model.vision.measure(p.grid), p.rows / split.rows * p.frames
+  size = jnp.dtype(p.model.vision.dtype).itemsize
+  square = tower.heads * tower.pairs * 4 * 4
+  each = tower.patches * size * (12 * tower.embed + 4 * tower.mlp) + square
+  return images * tower.layers * each
 
 
 def _count_received(

@@ -76,7 +76,8 @@ def run_recipe(
       memory.check_memory(config, todo)
       run = loading.create_run(config, root, watch=StageMonitor(stop))
       data_files.check_videos(run, is_begun=is_begun)
-    except ValueError as error:  # The data or the model of the config is invalid.
+    # The data or the model of the config is invalid, or lacks a file.
+    except (ValueError, FileNotFoundError) as error:
       raise UserError(str(error)) from error
     with jax.set_mesh(run.mesh):  # attention._attend_splash reads this mesh.
       for stage in todo:

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.jsonl import JsonRow
-from vlmrlaif_jax.core.types import Batch, Params
-from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.core.types import Batch, Params, is_stop
+from vlmrlaif_jax.data import stop_tokens, tokenization
 from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
@@ -106,7 +106,7 @@ def answer_requests(
       (sampled.batch.tokens, sampled.batch.loss_mask)
     )
     texts = tokenization.decode_responses(run.tokenizer, tokens, mask)
-    stopped = np.any((tokens == run.eos) & mask, axis=1)
+    stopped = np.any(is_stop(tokens, run.stops) & mask, axis=1)
     flat = [VideoReply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
     row_replies = [
       flat[i * n : (i + 1) * n] if fits[i] else [VideoReply("", False, False)] * n
@@ -141,24 +141,14 @@ def make_generate_settings(run: Run, sampling: SamplingSettings) -> dict[str, An
   )
 
 
-def get_token_ids(run: Run) -> dict[str, int]:
-  """Returns `eos`, `pad` and `vocab` of a run's tokenizer.
+def get_token_ids(run: Run) -> dict[str, Any]:
+  """Returns `stops`, `pad` and `vocab` of a run, as `generate` takes them.
 
   `vocab` is the number of ids that may be sampled. It excludes the special tokens at
   the end of the vocabulary.
   """
-  tokenizer = run.tokenizer
-  vocab = count_sampled_ids(tokenizer, run.eos)
-  return dict(eos=run.eos, pad=tokenizer.pad_token_id, vocab=vocab)
-
-
-def count_sampled_ids(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
-  """Returns how many ids may be sampled; all others have higher numbers."""
-  vocab = len(tokenizer)
-  added = [i for i in tokenizer.added_tokens_decoder if i > eos]
-  while vocab - 1 in added:
-    vocab -= 1
-  return vocab
+  vocab = stop_tokens.count_sampled_ids(run.tokenizer, run.stops)
+  return dict(stops=run.stops, pad=run.tokenizer.pad_token_id, vocab=vocab)
 
 
 def deal_round_robin(count: int, shards: int) -> Int[np.ndarray, " count"]:
@@ -177,7 +167,8 @@ def make_prompt_batch(
 
   Args:
     run: the run whose tokenizer, template and features are used.
-    queries: a request for each row; the row of a None is all padding.
+    queries: a request for each row. The row of a None, or of a prompt that does not
+      fit, is all padding.
     prompt_len: maximum length of a prompt, in tokens.
 
   Returns:
@@ -188,6 +179,8 @@ def make_prompt_batch(
   own = distributed.local_rows(len(queries), run.mesh)
   videos = [filled_up[i] for i in own]
   video = np.stack([run.features.get(q.video, q.start, q.stop) for q in videos])
+  if run.processor.layout is None:
+    video = video[:, :prompt_len]  # A prompt that fits has no more features.
   layouts = [run.lay_out_video(q.video, q.start, q.stop) for q in filled_up]
   encoded = [
     encode_prompt(run, [*q.history, (q.prompt, None)], tokens)
@@ -197,16 +190,13 @@ def make_prompt_batch(
     tokenization.is_within_lengths(e, prompt_len=prompt_len, response_len=0)
     for e in encoded
   ]
-  empty = encode_prompt(run, [("", None)], layouts[0])
-  encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
   rows = tokenization.pad_rows(
-    [encoded[i] for i in own],
+    [encoded[i] if queries[i] and fits[i] else encoded[i].truncate(0) for i in own],
     prompt_len=prompt_len,
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )
-  is_request = np.array([queries[i] is not None for i in own])
-  return Batch(video, *rows._replace(mask=rows.mask & is_request[:, None])), fits
+  return Batch(video, *rows), fits
 
 
 def encode_prompt(
@@ -277,7 +267,12 @@ class Answerer(NamedTuple):
       count=len(queries),
       batch=BATCHES * self.sampling.batch,
       fingerprint=resumable.compute_fingerprint(
-        self.variables, self.sampling.cache_key(), run.config.seed, run.template, keys
+        self.variables,
+        self.sampling.cache_key(),
+        run.config.seed,
+        run.template,
+        run.stops,
+        keys,
       ),
       on_progress=on_done,
     )

@@ -14,11 +14,15 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
-from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features, pipeline, records, tokenization
-from vlmrlaif_jax.data.processors.interface import Processor
-from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.core.types import Params, Stops
+from vlmrlaif_jax.data import features, pipeline, records, stop_tokens, tokenization
+from vlmrlaif_jax.data.processors.interface import (
+  Processor,
+  count_features,
+  lay_out,
+)
+from vlmrlaif_jax.data.video import Media
+from vlmrlaif_jax.huggingface import checkpoint_folders, convert
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime import scoring, video
@@ -70,7 +74,7 @@ def create_run(
   splits, problems = _load_splits(config, workdir)
   run = run._replace(splits=splits, watch=watch)
   run = video.encode_videos(run, _list_videos(run), note)
-  readable, unreadable = _drop_failures(splits, run.features)
+  readable, unreadable = _drop_failures(run, splits)
   problems += unreadable
   if problems:
     ids = {e["id"] for part in readable for e in part}
@@ -114,7 +118,7 @@ def load_run_without_data(
     if other != folder:
       reward_model, reward_model_base, published = load_model(model, other, mesh, note)
   tokenizer = tokenization.load_tokenizer(
-    checkpoint_layouts.find_tokenizer_folder(folder)
+    checkpoint_folders.find_tokenizer_folder(folder)
   )
   template = tokenization.get_template(model.template)
   run = create_run_of_models(
@@ -125,7 +129,10 @@ def load_run_without_data(
     (reward_model, reward_model_base),
     tokenizer,
     template,
-    processor,
+    stop_tokens.read_stops(
+      checkpoint_folders.find_generation_folder(folder), tokenizer, template
+    ),
+    configure_processor(processor, model),
   )
   return run, published
 
@@ -138,14 +145,11 @@ def create_run_of_models(
   reward_model: tuple[vlm.VLM, Params],
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
+  stops: Stops,
   processor: Processor,
   arrays: ArrayFactory = SAVED,
 ) -> Run:
-  """Returns a run of models and their frozen variables, without data and videos.
-
-  Raises:
-    ValueError: the tokenizer has no EOS token for this template.
-  """
+  """Returns a run of models and their frozen variables, without data and videos."""
   return Run(
     config=config,
     workdir=workdir,
@@ -156,7 +160,7 @@ def create_run_of_models(
     reward_model_base=reward_model[1],
     tokenizer=tokenizer,
     template=template,
-    eos=tokenization.find_eos_id(tokenizer, template),
+    stops=stops,
     splits=pipeline.Splits(),
     features=features.FeatureStore({}, {}, {}, {}),
     processor=processor,
@@ -199,6 +203,16 @@ def configure_model(loaded: vlm.VLM, model: ConfigDict, mesh: Mesh) -> vlm.VLM:
   return loaded.clone(llm=llm)
 
 
+def configure_processor(processor: Processor, model: ConfigDict) -> Processor:
+  """Returns a processor with the limits and the sizes of the section `model`.
+
+  Raises:
+    ValueError: a limit is out of range, or the family does not have it.
+  """
+  limited = processor.limit(model.fps, model.max_frames, model.max_pixels)
+  return limited.fix_grids() if model.grids == "few" else limited
+
+
 def is_on_cpu(mesh: Mesh) -> bool:
   """Returns whether a mesh consists of CPU devices."""
   return mesh.devices.flat[0].platform == "cpu"
@@ -226,9 +240,9 @@ def _load_splits(
   return load()
 
 
-def _list_videos(run: Run) -> list[VideoPath]:
+def _list_videos(run: Run) -> list[Media]:
   """Lists the videos of all splits and of all preference files in the config."""
-  videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
+  videos: list[Media] = [e["video"] for part in run.splits for e in part]
   sections = [each for each in run.config.values() if isinstance(each, ConfigDict)]
   for path in filter(None, (each.get("preferences") for each in sections)):
     pairs, _ = video.read_run_preferences(run, path)
@@ -237,22 +251,25 @@ def _list_videos(run: Run) -> list[VideoPath]:
 
 
 def _drop_failures(
-  splits: pipeline.Splits, store: features.FeatureStore
+  run: Run, splits: pipeline.Splits
 ) -> tuple[pipeline.Splits, list[records.SkippedRecord]]:
-  """Returns the splits without examples whose video is unreadable, and these examples.
+  """Returns the splits without examples that the model cannot read, and these examples.
 
   A record may be in two splits, but is reported once.
   """
-  readable = [[e for e in part if store.has(e["video"])] for part in splits]
-  problems = [
-    records.SkippedRecord(
-      e["id"], store.failures[features.format_video_name(e["video"])]
-    )
-    for part in splits
-    for e in part
-    if not store.has(e["video"])
-  ]
-  return pipeline.Splits(*readable), list(dict.fromkeys(problems))
+  reasons: dict[records.SkippedRecord, None] = {}
+  readable: list[list[records.Example]] = []
+  for part in splits:
+    readable.append([])
+    for example in part:
+      why = run.refuse_several(example["video"])
+      if not why and not run.features.has(example["video"]):
+        why = run.features.get_failure(example["video"])
+      if why:
+        reasons[records.SkippedRecord(example["id"], why)] = None
+      else:
+        readable[-1].append(example)
+  return pipeline.Splits(*readable), list(reasons)
 
 
 # Checks that something is left, before the first stage starts.
@@ -301,7 +318,19 @@ def _check_lengths(run: Run) -> None:
         raise UserError(
           f"all {len(examples)} {'records' if answered else 'prompts'} are too long: "
           f"{reason}. Raise these settings, or give shorter records"
+          f"{_advise_on_tokens(run.processor)}"
         )
+
+
+def _advise_on_tokens(processor: Processor) -> str:
+  """Returns how to lower the tokens of videos; "" if all have as many."""
+  if processor.layout is not None:
+    return ""
+  tokens = count_features(lay_out(processor, processor.max_layout))
+  return (
+    f". A video may have {tokens} tokens: lower --config.model.max_frames or "
+    "--config.model.max_pixels"
+  )
 
 
 def _check_preferences(run: Run) -> None:

@@ -27,7 +27,7 @@ def init_policy(run: Run) -> Params:
 
 
 def _get_projector(run: Run) -> Params:
-  """Returns the projector, which Qwen3-VL does not have."""
+  """Returns the projector; none if the merger is a part of the vision tower."""
   params = run.base["params"]
   return {name: params[name] for name in ("projector",) if name in params}
 

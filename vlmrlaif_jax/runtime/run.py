@@ -18,12 +18,12 @@ from vlmrlaif_jax.core.errors import (
   user_errors,
 )
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
-from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.core.types import Params, Stops
 from vlmrlaif_jax.data import features, pipeline, tokenization
 from vlmrlaif_jax.data.processors import interface
 from vlmrlaif_jax.data.prompts import PROMPT_STYLES, Prompts
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media, MediaList, list_media
 from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models import decoder, vlm
 from vlmrlaif_jax.models.decoders import llama, qwen2
@@ -31,8 +31,18 @@ from vlmrlaif_jax.models.ops import attention, quantization
 from vlmrlaif_jax.runtime.arrays import SAVED, ArrayFactory
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Models that the planner uses where a path has no checkpoint: published ones, and one
-# of 100 M parameters. Each is (family, shape, vision tower).
+GRIDS = ("few", "exact")  # Sizes of frames of families whose videos differ in size.
+# Models that the planner uses where a path has no checkpoint: keys of families.FAMILIES
+# with a size of the family, and LLaVAs as (decoder, shape, vision tower), of which one
+# has 100 M parameters.
+PLANNED_FAMILIES = {
+  "qwen3vl_2b": ("qwen3_vl", "2b"),
+  "qwen3vl_4b": ("qwen3_vl", "4b"),
+  "qwen3vl_8b": ("qwen3_vl", "8b"),
+  "qwen25vl_7b": ("qwen2_5_vl", "7b"),
+  "onevision_7b": ("llava_onevision", "7b"),
+  "smolvlm2_500m": ("smolvlm", "500m"),
+}
 PLANNED_SIZES = {
   "llava_7b": (llama, llama.VARIANTS["7b"], "l14_336"),
   "llava_13b": (llama, llama.VARIANTS["13b"], "l14_336"),
@@ -55,7 +65,8 @@ class Run(NamedTuple):
   reward_model_base: Params
   tokenizer: tokenization.PreTrainedTokenizerBase
   template: tokenization.Template
-  eos: int  # Id of the EOS token.
+  # Ids of the EOS tokens, which end a response; the template's own end is first.
+  stops: Stops
   splits: pipeline.Splits
   features: features.FeatureStore
   processor: interface.Processor  # Reads videos as the family of the policy does.
@@ -63,11 +74,27 @@ class Run(NamedTuple):
   watch: StageMonitor = NO_MONITOR  # Monitor of the running stage.
 
   def lay_out_video(
-    self, video: VideoPath, start: int = 0, stop: int | None = None
+    self, media: Media, start: int = 0, stop: int | None = None
   ) -> interface.VideoTokens:
-    """Returns the text and positions of an encoded video, or of a range of it."""
-    layout = self.features.get_layout(video).select(start, stop)
-    return interface.lay_out(self.processor, layout)
+    """Returns the text and positions of a conversation's encoded videos and images.
+
+    Args:
+      media: one video, or several videos and images.
+      start: first temporal patch of each video.
+      stop: temporal patch after the last one; None for all.
+    """
+    layouts = map(self.features.get_layout, list_media(media))
+    parts = [layout.select(start, stop) for layout in layouts]
+    return interface.lay_out(self.processor, *parts)
+
+  def refuse_several(self, media: Media) -> str:
+    """Returns why the model cannot read several videos and images; "" if it can."""
+    if self.processor.layout is None or not isinstance(media, MediaList):
+      return ""
+    return (
+      f"it has {len(media.paths)} videos and images, but {self.config.model.path} "
+      "reads one per conversation: keep one, or set model.path to a Qwen3-VL"
+    )
 
   @property
   def prompts(self) -> Prompts:
@@ -85,7 +112,17 @@ def default_config() -> ConfigDict:
       tower="",  # A CLIP or SigLIP folder, for a checkpoint without a vision tower.
       template=placeholder(str),  # A key of templates.CONVERSATION_TEMPLATES.
       prompts=placeholder(str),  # A key of prompts.PROMPT_STYLES.
-      frames=placeholder(int),  # Frames per video.
+      # Frames per video, for a model that reads a fixed number.
+      frames=placeholder(int),
+      # Frames per second, for a model whose videos differ in length; 0 for its own.
+      fps=0.0,
+      max_frames=0,  # Largest number of frames of a video; 0 for the model's own.
+      # Largest number of pixels of a video, which all its resized frames share; 0 for
+      # the model's own.
+      max_pixels=0,
+      # Sizes of frames: "few" for a short list, so that the vision tower is compiled a
+      # few times, or "exact" for those of the model's published processor.
+      grids="few",
       clip_frames=placeholder(int),  # Frames per captioned clip.
       lora_rank=placeholder(int),  # Rank of LoRA updates.
       lora_alpha=placeholder(float),  # LoRA updates are multiplied by alpha / rank.
@@ -93,10 +130,12 @@ def default_config() -> ConfigDict:
       remat="none",  # "full" recomputes layers, "dots" all but matmuls; saves memory.
       attention="auto",  # "auto" or a key of attention.BACKENDS.
       # Whether SFT trains the merger of vision features, for a family other than LLaVA.
-      # The features of videos are then larger.
+      # The saved features are then those before the merger: float16, and 0.6 to 2.5
+      # times as wide in published sizes.
       train_merger=False,
       quant="none",  # Frozen layers as "nf4", "nf4_double" (QLoRA) or "int8".
-      # Planned models for paths without a checkpoint: keys of PLANNED_SIZES.
+      # Planned models for paths without a checkpoint: keys of PLANNED_SIZES or
+      # PLANNED_FAMILIES.
       size="",
       reward_model_size="",
     )
@@ -118,9 +157,11 @@ def check(config: ConfigDict) -> None:
       model,
       {"prompts": tuple(PROMPT_STYLES), "template": tuple(CONVERSATION_TEMPLATES)},
     )
-    sizes = ("", *PLANNED_SIZES)
+    sizes = ("", *PLANNED_SIZES, *PLANNED_FAMILIES)
     check_choices(model, {"size": sizes, "reward_model_size": sizes})
+    check_choices(model, {"grids": GRIDS})
     check_at_least(model, {"frames": 1, "clip_frames": 1, "lora_rank": 1})
+    check_at_least(model, {"fps": 0, "max_frames": 0, "max_pixels": 0})
 
 
 def resolve_checkpoint(path: str) -> pathlib.Path:

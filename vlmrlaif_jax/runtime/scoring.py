@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from vlmrlaif_jax.core import distributed, sharding
-from vlmrlaif_jax.core.types import Batch, Groups, Params, group_rows
+from vlmrlaif_jax.core.types import Batch, Groups, Params, Stops, group_rows, is_stop
 from vlmrlaif_jax.data import records, tokenization
 from vlmrlaif_jax.data.records import PreferenceExample
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering
@@ -86,19 +86,21 @@ def score_in_batches(
 
 @functools.lru_cache
 def make_answer_logps(
-  model: vlm.VLM, start: int, eos: int
+  model: vlm.VLM, start: int, stops: Stops
 ) -> Callable[[Params, Batch], tuple[Float[Array, " batch"], Float[Array, " batch"]]]:
   """Returns a jitted function of variables and a batch of responses.
 
   It returns the sums of log-probabilities in nats at temperature 1: with the EOS token
-  and without it. `start` is the number of prompt columns.
+  and without it; `stops` are the EOS tokens. `start` is the number of prompt columns.
   """
 
   def logps(variables, batch):
     each, _ = compute_response_logps(
       model, variables, batch, start=start, chunk=128, temperature=1.0
     )
-    return each.sum(axis=1), jnp.where(batch.tokens == eos, 0.0, each).sum(axis=1)
+    return each.sum(axis=1), jnp.where(is_stop(batch.tokens, stops), 0.0, each).sum(
+      axis=1
+    )
 
   return jax.jit(logps)
 
@@ -123,6 +125,9 @@ def select_scorable(
   scorable, problems = [], []
   max_prompt_len = run.config.data.prompt_len
   for pair in pairs:
+    if why := run.refuse_several(pair["video"]):
+      problems.append(records.SkippedRecord(pair["id"], why))
+      continue
     if not run.features.has(pair["video"]):
       why = "its video cannot be read, or is of no record of the data section"
       problems.append(records.SkippedRecord(pair["id"], why))
@@ -162,7 +167,7 @@ def make_scored_batch(
 
 def _pad_batch(
   run: Run,
-  videos: Sequence[VideoPath],
+  videos: Sequence[Media],
   encoded: Sequence[tokenization.EncodedConversation],
   starts: Sequence[int] | None = None,
 ) -> Batch:
@@ -203,7 +208,7 @@ def make_pairs_batch(
     rows: indices of the pairs in the batch.
   """
   max_response_len = run.config.data.response_len
-  videos: list[VideoPath] = []
+  videos: list[Media] = []
   encoded: list[tokenization.EncodedConversation] = []
   starts: list[int] = []
   for pair in [pairs[i] for i in rows]:

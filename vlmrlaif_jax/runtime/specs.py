@@ -32,6 +32,11 @@ def key_spec(mesh: Mesh) -> jax.ShapeDtypeStruct:
   return scalar_spec(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
+def count_places(run: Run) -> int:
+  """Returns the frames of a video, or its features if videos have different numbers."""
+  return run.features.length or run.config.model.frames
+
+
 def batch_specs(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
   """Returns the shapes of a batch of token rows and video features.
 
@@ -39,11 +44,9 @@ def batch_specs(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
     run: the run whose mesh and vision tower apply.
     rows: rows of the batch.
     time: tokens of a row.
-    frames: frames per video; 0 for config.model.frames.
+    frames: places of a video; 0 for those of count_places.
   """
-  # Frames, or tokens in a family whose videos have different numbers.
-  places = frames or run.features.length or run.config.model.frames
-  shape = (rows, places, *run.policy.vision.feature_shape)
+  shape = (rows, frames or count_places(run), *run.policy.vision.feature_shape)
   video = jax.ShapeDtypeStruct(shape, jnp.float16)
   columns = _token_specs(run, rows, time)
   return row_specs(jax.eval_shape(Batch, video, *columns), run.mesh)

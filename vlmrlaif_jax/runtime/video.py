@@ -21,57 +21,89 @@ from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, records, tokenization
 from vlmrlaif_jax.data.processors.interface import (
   ProcessedVideo,
+  Processor,
   count_features,
   lay_out,
 )
 from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
-from vlmrlaif_jax.data.video import VideoPath, format_video_name
+from vlmrlaif_jax.data.video import Media, VideoPath, format_video_name, list_media
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
 
 LENGTH_MULTIPLE = 64  # Features are padded to a multiple of this number.
 VIDEOS_PER_DEVICE = 32  # Minimum number of videos in a batch of the encoder.
+# Videos whose pixels are in memory, if they differ in size. Their temporal patches are
+# batched instead.
+VIDEOS_IN_MEMORY = 4
 
 
-def encode_videos(
-  run: Run, videos: Sequence[VideoPath], note: Callable[[str], None]
-) -> Run:
+def encode_videos(run: Run, rows: Sequence[Media], note: Callable[[str], None]) -> Run:
   """Returns the run with the features of videos, and reasons of those that failed.
 
   Every process encodes a share. `run.watch` may stop all processes between batches.
 
   Args:
     run: the run.
-    videos: videos to encode; features that are on disk are reused.
+    rows: videos and images of each conversation; features that are on disk are reused.
     note: receives lines of progress.
   """
   known = run.features.files.keys() | run.features.failures.keys()
-  named = {format_video_name(video): video for video in videos}
+  named = {format_video_name(x): x for media in rows for x in list_media(media)}
   todo = [video for name, video in named.items() if name not in known]
-  if not todo:
+  if todo:
+    run = run._replace(features=_encode(run, todo, note))
+  if run.processor.layout is not None:
     return run
+  counts = {
+    name: count_features(run.lay_out_video(video))
+    for name, video in named.items()
+    if run.features.has(video)
+  }
+  names = [list(map(format_video_name, list_media(media))) for media in rows]
+  readable = [each for each in names if counts.keys() >= set(each)]
+  longest = max((sum(counts[x] for x in each) for each in readable), default=0)
+  length = tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
+  length = max(length, run.features.length)
+  return run._replace(features=run.features._replace(length=length))
+
+
+def _encode(
+  run: Run, todo: Sequence[VideoPath], note: Callable[[str], None]
+) -> features.FeatureStore:
+  """Returns the features of the run and of more videos, which all processes encode."""
   store = _encode_local_share(run, distributed.local_items(todo), note)
   results = {
     "files": {name: str(path) for name, path in store.files.items()},
     "layouts": {name: x._asdict() for name, x in store.layouts.items()},
     "failures": store.failures,
   }
-  files, layouts, failures, cached, *_ = run.features
-  files, layouts, failures = dict(files), dict(layouts), dict(failures)
+  known = run.features
+  files, layouts = dict(known.files), dict(known.layouts)
+  failures = dict(known.failures)
   for part in distributed.allgather_json(lambda: results):
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
     for name, layout in part["layouts"].items():
       layouts[name] = features.parse_layout(layout)
     failures |= part["failures"]
-  length = 0
-  if run.processor.layout is None:
-    count = lambda layout: count_features(lay_out(run.processor, layout))
-    longest = max(map(count, layouts.values()), default=0)
-    length = tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
-  return run._replace(
-    features=features.FeatureStore(
-      files, layouts, failures, cached, store.memory, length
-    )
+  return known._replace(
+    files=files,
+    layouts=layouts,
+    failures=failures,
+    memory=store.memory,
+    arrange=store.arrange,
+  )
+
+
+def get_max_length(processor: Processor, prompt_len: int) -> int:
+  """Returns the features of the longest video that fits in a prompt, padded.
+
+  It is 0 for a family whose videos all have one layout.
+  """
+  if processor.layout is not None:
+    return 0
+  longest = count_features(lay_out(processor, processor.max_layout))
+  return tokenization.round_up_length(
+    min(longest, prompt_len), multiple=LENGTH_MULTIPLE
   )
 
 
@@ -94,7 +126,7 @@ def _encode_local_share(
     encoder=_compute_digest(tower, run.policy.vision.settings()),
     encode=functools.partial(encode_batch, run.policy, variables, mesh, batch),
     processor=run.processor,
-    batch=batch,
+    batch=VIDEOS_IN_MEMORY if run.processor.layout is None else batch,
     workers=data.workers,
     timeout_s=data.timeout_s,
     decoder=data.decoder,
@@ -124,7 +156,7 @@ def encode_batch(
   size: int,
   videos: Sequence[ProcessedVideo],
 ) -> list[np.ndarray]:
-  """Returns the features of videos.
+  """Returns the features of videos, by temporal patch.
 
   Args:
     policy: model whose vision tower is used.
@@ -148,8 +180,7 @@ def encode_batch(
       np.asarray(call(variables, jax.device_put(_pad_rows(part, size), rows)))
       for part in np.split(images, range(size, time, size))
     ]
-    features = np.concatenate(parts)[:time]
-    encoded.append(features.reshape(-1, features.shape[-1]))
+    encoded.append(np.concatenate(parts)[:time])
   return encoded
 
 
@@ -241,8 +272,8 @@ def read_run_preferences(
 def get_report_path(run: Run, example: Example) -> str | None:
   """Returns a video's path for the report, relative if it is in the workdir.
 
-  A relative path remains valid when the workdir is moved. It is None for single frames,
-  of which the report shows none.
+  A relative path remains valid when the workdir is moved. It is None for single frames
+  and for several videos, of which the report shows none.
   """
   if not isinstance(example["video"], str):
     return None

@@ -83,7 +83,7 @@ def make_model_pass(
     rows,
     time,
     logits=with_logits,
-    frames=run.config.model.frames,
+    frames=specs.count_places(run),
     parts=config.microbatches if phase == "train" else 1,
     chunk=config.chunk if with_logits and "chunk" in config else time,
     start=start,
@@ -101,10 +101,10 @@ def make_sampling_passes(
     prompts: prompts on the devices.
     sampling: lengths and responses per prompt.
     slots: responses that are decoded concurrently; 0 for all.
-    frames: frames per video; 0 for config.model.frames.
+    frames: places of a video; 0 for those of specs.count_places.
   """
   rows, time = prompts * sampling.samples, sampling.prompt_len + sampling.max_new
-  frames = frames or run.config.model.frames
+  frames = frames or specs.count_places(run)
   parts = rows / slots if 0 < slots < rows else 1
   role = ("policy", run.policy)
   return [
@@ -116,7 +116,7 @@ def make_sampling_passes(
 def make_reward_pass(run: Run, rows: int, time: int) -> ModelPass:
   """Returns the reward model's pass over rows that end with the reward prompt."""
   time += len(scoring.encode_reward_prompt(run))
-  frames = run.config.model.frames
+  frames = specs.count_places(run)
   return ModelPass(
     "forward", "reward", run.reward_model, rows, time, logits=False, frames=frames
   )
@@ -172,13 +172,20 @@ def make_encode_function(run: Run, videos: int) -> DeviceFunction:
     videos: videos per step.
   """
   rows = video.get_encoder_batch(run.mesh)
-  side, frames = run.policy.vision.image, run.config.model.frames
-  pixels = jax.ShapeDtypeStruct((rows, frames, side, side, 3), jnp.uint8)
+  frames, height, width = run.processor.max_layout.grid
+  grid, shape = (height, width), run.policy.vision.measure((height, width))
+  pixels = jax.ShapeDtypeStruct((rows, frames, *shape.pixels), shape.pixel_dtype)
+  encoder = video.make_encoder(run.policy, run.mesh)
+  if run.processor.layout is None:  # Temporal patches of a video fill batches.
+    pixels = jax.ShapeDtypeStruct((rows, *shape.pixels), shape.pixel_dtype)
+    encoder = video.make_encoder(run.policy, run.mesh, grid)
+    videos, frames = videos * -(-frames // rows) * rows, 1
+  encode = ModelPass("encode", "policy", run.policy, rows, 0, frames=frames, grid=grid)
   return DeviceFunction(
     "encode",
-    video.make_encoder(run.policy, run.mesh),
+    encoder,
     lambda: (run.base, specs.row_specs(pixels, run.mesh)),
-    {"": [ModelPass("encode", "policy", run.policy, rows, 0, frames=frames)]},
+    {"": [encode]},
     runs=videos / rows,
     roles={"policy": {"params": {"vision": run.base["params"]["vision"]}}},
   )
@@ -229,7 +236,7 @@ def make_answer_function(
     name: name of the function in the plan.
     sampling: settings of sampling; its batch is decoded concurrently.
     runs: batches per step.
-    frames: frames per video; 0 for config.model.frames.
+    frames: places of a video; 0 for those of specs.count_places.
     batches: batches of prompts on the devices; all but one wait.
   """
   rows, slots = batches * sampling.batch, sampling.batch * sampling.samples

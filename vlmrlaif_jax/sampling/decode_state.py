@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vlmrlaif_jax.core.types import Batch, Params, get_next_positions
+from vlmrlaif_jax.core.types import Batch, Params, Stops, get_next_positions, is_stop
 from vlmrlaif_jax.models.layers import KVCache
 from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.token_sampling import sample_token
@@ -25,7 +25,7 @@ class DecodeSettings(NamedTuple):
   temperature: float | Float[Array, ""]  # An array must be above 0.
   top_p: float
   top_k: int
-  eos: int
+  stops: Stops
   pad: int
   vocab: int | None
 
@@ -178,7 +178,7 @@ def _append_token(
       mask=put(responses.mask, jnp.ones_like(rows.done)),
       logps=put(responses.logps, logp),
     ),
-    done=rows.done | (token == settings.eos) | (number == settings.max_new - 1),
+    done=rows.done | is_stop(token, settings.stops) | (number == settings.max_new - 1),
     next_position=rows.next_position + 1,
   )
 

@@ -14,6 +14,7 @@ from vlmrlaif_jax.core.types import (
   Groups,
   PackedBatch,
   Params,
+  Stops,
   continue_positions,
 )
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
@@ -34,7 +35,7 @@ SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "samples", "slots")
 class SampledResponses(NamedTuple):
   """Responses to prompts, the rows of one prompt together."""
 
-  batch: Batch  # Prompts and responses; loss_mask marks responses, eos included.
+  batch: Batch  # Prompts and responses; loss_mask marks responses, EOS included.
   # log p(token) under softmax(logits / temperature), or softmax(logits) if that is 0;
   # Log-probabilities in nats, 0 outside the response. They use the full softmax at the
   # temperature, without top_p, top_k and vocab, so that losses recompute the same.
@@ -60,7 +61,7 @@ def generate(
   temperature: float,
   top_p: float = 1.0,
   top_k: int = 0,
-  eos: int,
+  stops: Stops,
   pad: int,
   samples: int = 1,
   ids: Int[Array, " batch"] | None = None,
@@ -79,7 +80,7 @@ def generate(
     temperature: sampling temperature; 0 is greedy decoding.
     top_p: nucleus probability mass; 1 disables it. See truncate_logits.
     top_k: number of candidate tokens; 0 disables it.
-    eos: id of the EOS token, which ends a response.
+    stops: ids of the EOS tokens, each of which ends a response.
     pad: id of the padding after it.
     samples: responses per prompt.
     ids: id of each prompt; None for its row number. A response depends on key and id,
@@ -89,7 +90,7 @@ def generate(
     slots: responses that are decoded concurrently; 0 for all. When one ends, the next
       prompt starts. Responses do not depend on it.
   """
-  settings = DecodeSettings(max_new, temperature, top_p, top_k, eos, pad, vocab)
+  settings = DecodeSettings(max_new, temperature, top_p, top_k, stops, pad, vocab)
   prompts = encode_video(model, variables, prompts)
   ids = jnp.arange(len(prompts.tokens)) if ids is None else ids
   keys = split_row_keys(key, ids, samples)

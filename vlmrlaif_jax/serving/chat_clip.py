@@ -1,8 +1,12 @@
-"""Checks and encodes a clip that a user uploads; `read_clip` is the main function."""
+"""Checks and encodes the clips and images of a chat.
+
+`read_clip` and `join_clips` are the main functions.
+"""
 
 import functools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +14,7 @@ import numpy as np
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import video
+from vlmrlaif_jax.data.decoding.files import IMAGE_SUFFIXES
 from vlmrlaif_jax.data.processors.interface import process_frames
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.runtime import video as run_video
@@ -29,10 +34,10 @@ class ClipLimits(NamedTuple):
 def read_clip(
   chat: ChatSession, path: str | os.PathLike, limits: ClipLimits
 ) -> ChatClip:
-  """Computes the vision tower's features of a clip.
+  """Computes the vision tower's features of a clip or an image.
 
   Raises:
-    UserError: The clip exceeds a limit or is not a video.
+    UserError: The clip exceeds a limit or is neither a video nor an image.
   """
   run = chat.run
   check_clip(path, limits)
@@ -47,10 +52,25 @@ def read_clip(
     raise _make_decode_error(pathlib.Path(path), str(error)) from error
   size = sharding.num_batch_shards(run.mesh)
   encode = functools.partial(run_video.encode_batch, run.policy, run.base, run.mesh)
-  features = encode(size, [processed])[0]
+  features = run.processor.arrange(encode(size, [processed])[0], layout)
   if run.processor.layout is not None:  # As in training. Others equal transformers.
     features = features.astype(np.float16)
-  return ChatClip(features, layout)
+  return ChatClip(features, (layout,))
+
+
+def join_clips(chat: ChatSession, clips: Sequence[ChatClip]) -> ChatClip:
+  """Returns clips and images, in order, as one that precedes the first question.
+
+  Raises:
+    UserError: The model reads one clip only.
+  """
+  if len(clips) > 1 and chat.run.processor.layout is not None:
+    raise UserError(
+      f"got {len(clips)} clips and images, but {chat.run.config.model.path} reads one. "
+      "Give one, or use a model such as Qwen3-VL."
+    )
+  layouts = [layout for clip in clips for layout in clip.layouts]
+  return ChatClip(np.concatenate([clip.features for clip in clips]), tuple(layouts))
 
 
 def check_clip(clip: str | os.PathLike, limits: ClipLimits) -> None:
@@ -62,10 +82,10 @@ def check_clip(clip: str | os.PathLike, limits: ClipLimits) -> None:
   path = pathlib.Path(split_time_range(os.fspath(clip)).path)
   if not path.is_file():
     raise UserError(f"no file at {path}. Give the path of a clip.")
-  if path.suffix.lower() not in CLIP_SUFFIXES:
-    suffixes = " ".join(CLIP_SUFFIXES)
+  suffixes = (*CLIP_SUFFIXES, *IMAGE_SUFFIXES)
+  if path.suffix.lower() not in suffixes:
     raise UserError(
-      f"the name of a video must end in one of {suffixes}, got {path.name}"
+      f"the name of a video must end in one of {' '.join(suffixes)}, got {path.name}"
     )
   size = path.stat().st_size / 1e6
   if size > limits.max_mb:

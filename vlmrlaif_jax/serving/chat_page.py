@@ -55,7 +55,8 @@ class ChatEvents:
       clip = read_clip(self.chat, path, self.limits)
     except UserError as error:
       return [None, f"⚠️ {error}", *self.clear()]
-    status = f"{clip.layout.grid.time} frames of the clip are loaded. Ask a question."
+    (layout,) = clip.layouts
+    status = f"{layout.grid.time} frames of the clip are loaded. Ask a question."
     return [clip, status, *self.clear()]
 
   @no_type_check  # Gradio does not detect a type-checked generator function.

@@ -38,10 +38,10 @@ class ChatJudge(NamedTuple):
 
 
 class ChatClip(NamedTuple):
-  """A clip that is encoded."""
+  """A clip that is encoded, or several clips and images."""
 
-  features: Float[np.ndarray, "frames patches channels"]
-  layout: Visual  # Grid and times of the frames.
+  features: Float[np.ndarray, "..."]  # Features of the prompt; see FeatureStore.get.
+  layouts: tuple[Visual, ...]  # Grid and times of the frames of each.
 
 
 class ChatSession(NamedTuple):
@@ -123,6 +123,8 @@ def open_model(
   `model` is a model section. Its template "" selects the template of the checkpoint.
   """
   folder = run_lib.resolve_checkpoint(path)
+  # Raises for another model, whose tokenizer may require code that is not here.
+  checkpoint_layouts.find_layout(folder, tower=model.tower)
   tokenizer = tokenization.load_tokenizer(
     checkpoint_layouts.find_tokenizer_folder(folder)
   )
@@ -146,7 +148,7 @@ def _make_judge(run: Run, policies: dict[str, Params], last: str) -> ChatJudge |
   reference = policies.get(role_params.get_start_stage(last), policies["sft"])
 
   def score(batch: Batch, start: int) -> Float[AnyArray, " batch"]:
-    compute_logps = scoring.make_answer_logps(run.policy, start, run.eos)
+    compute_logps = scoring.make_answer_logps(run.policy, start, run.stops)
     logps, ref_logps = (compute_logps(v, batch)[0] for v in (policies[last], reference))
     lengths = batch.loss_mask.sum(axis=1)
     return compute_self_rewards(logps, ref_logps, lengths, beta=run.config.dpo.beta)

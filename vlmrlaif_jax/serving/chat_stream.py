@@ -23,6 +23,7 @@ from vlmrlaif_jax.core.types import (
   Params,
   continue_positions,
   flatten_groups,
+  is_stop,
 )
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.processors.interface import lay_out
@@ -89,7 +90,7 @@ def stream_side_by_side(
 
   Args:
     chat: Policies and judge.
-    clip: The clip.
+    clip: The clip, or several by chat_clip.join_clips.
     histories: Policy -> earlier turns.
     request: The question.
 
@@ -152,9 +153,8 @@ def stream_answer(
     # A character may consist of several tokens, of which the last may be missing.
     if not (ended and is_like_transformers):
       texts = [text.rstrip("\ufffd") for text in texts]
-    answers = ChatAnswers(
-      texts, np.any((tokens == run.eos) & mask, axis=1).tolist(), bool(ended)
-    )
+    stopped = np.any(is_stop(tokens, run.stops) & mask, axis=1)
+    answers = ChatAnswers(texts, stopped.tolist(), bool(ended))
     if ended:
       yield answers._replace(scores=_score_answers(chat, prompts, tokens, mask, start))
       return
@@ -195,7 +195,7 @@ def _encode_conversation(
 ) -> Batch:
   """Encodes a conversation as a batch of one row, padded to CHAT_BUCKET tokens."""
   run = chat.run
-  video = lay_out(run.processor, clip.layout)
+  video = lay_out(run.processor, *clip.layouts)
   turns = [*history, (question, None)]
   row = answering.encode_prompt(run, turns, video)
   if len(row.ids) > chat.max_prompt:

@@ -5,12 +5,13 @@
 
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import (
@@ -128,7 +129,14 @@ def write_adapter(
     source: Folder of the base.
     model: Model section of the run's config.
     note: Receives a line if transformers cannot load the adapter's base.
+
+  Raises:
+    UserError: A trained parameter is not in a module, which an adapter requires.
   """
+  table = convert.make_table(config, train_merger=model.train_merger)
+  projector = {"projector": variables["params"].get("projector", {})}
+  whole = dict(param_mapping.convert_to_hf(table, projector))
+  modules = _list_whole_modules(config, whole)
   if config["model_type"] in families.FAMILIES:
     export_files.copy_files(folder, source, model.template)
   else:
@@ -139,12 +147,10 @@ def write_adapter(
         f"{source} is no LLaVA of transformers with the image token {image}, so only "
         "launch/chat.py loads the adapter. Export --kind=merged for transformers."
       )
-  table = convert.make_table(config, train_merger=model.train_merger)
   layers = _name_in_memory(table["llm/blocks/q/kernel"][0].split("{}")[0])
   factors = peft_adapters.convert_to_peft(jax.device_get(variables["lora"]["llm"]))
   tensors = {name.replace("model.layers.", layers): x for name, x in factors.items()}
-  projector = {"projector": variables["params"].get("projector", {})}
-  for name, x in param_mapping.convert_to_hf(table, projector):
+  for name, x in whole.items():
     tensors[f"base_model.model.{_name_in_memory(name)}"] = x
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
   matrices = "|".join(peft_adapters.ADAPTED_MODULES)
@@ -160,7 +166,7 @@ def write_adapter(
     "inference_mode": True,
     # The vision tower may have matrices of the same names.
     "target_modules": rf"{re.escape(layers)}\d+\..*\.({matrices})",
-    "modules_to_save": _list_whole_modules(config, model.train_merger),
+    "modules_to_save": modules,
   }
   write_json(folder / peft_adapters.ADAPTER_CONFIG, settings)
 
@@ -171,12 +177,31 @@ def _name_in_memory(name: str) -> str:
   return name.replace("multi_modal_projector.", "model.multi_modal_projector.")
 
 
-def _list_whole_modules(config: HfConfig, train_merger: bool) -> list[str] | None:
-  """Lists the modules that an adapter contains whole; None for none."""
+def _list_whole_modules(config: HfConfig, names: Iterable[str]) -> list[str] | None:
+  """Lists the modules that an adapter contains whole; None for none.
+
+  PEFT does not wrap lists of modules, so each module of a list counts by itself.
+
+  Args:
+    config: Config of the base.
+    names: Names of the tensors of the projector.
+
+  Raises:
+    UserError: A tensor is not in a module.
+  """
   if config["model_type"] not in families.FAMILIES:
     return ["multi_modal_projector"]
   mergers = families.FAMILIES[config["model_type"]].models.MERGERS
-  return list(mergers.values()) if train_merger else None
+  whole = re.compile(rf"\.((?:{'|'.join(mergers.values())})(?:\.\d+)?)\.")
+  modules = set()
+  for name in names:
+    if (match := whole.search(name)) is None:
+      raise UserError(
+        f"SFT trains {name} with model.train_merger, but an adapter contains whole "
+        "modules only. Set --kind=merged."
+      )
+    modules.add(match[1])
+  return sorted(modules) or None
 
 
 def _write_files(

@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import replace_text, write_json
-from vlmrlaif_jax.data import templates, tokenization
-from vlmrlaif_jax.huggingface import checkpoint_layouts
+from vlmrlaif_jax.data import stop_tokens, templates, tokenization
+from vlmrlaif_jax.huggingface import checkpoint_folders
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import clip
-from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.serving import chat_template
 from vlmrlaif_jax.serving.chat_template import IMAGE_MARK
 
@@ -90,7 +89,8 @@ def write_files(
     UserError: The files of the base cannot be exported; see `check_links` and
       `chat_template.write_chat_template`.
   """
-  source = checkpoint_layouts.find_tokenizer_folder(source)
+  settings = checkpoint_folders.find_generation_folder(source)
+  source = checkpoint_folders.find_tokenizer_folder(source)
   tokenizer = tokenization.load_tokenizer(source)
   own = tokenization.get_template(template)
   check_links(source)
@@ -98,15 +98,15 @@ def write_files(
   text = chat_template.write_chat_template(exported, tokenizer, own)
   replace_text(folder / "chat_template.jinja", text)
   image = exported.get_vocab()[IMAGE_MARK]
-  eos = tokenization.find_eos_id(tokenizer, own)
+  stops = stop_tokens.read_stops(settings, tokenizer, own)
   rows = max(config["text_config"]["vocab_size"], image + 1)
   generation = {
     "bos_token_id": tokenizer.bos_token_id,
-    "eos_token_id": eos,
+    "eos_token_id": list(stops),
     "pad_token_id": tokenizer.pad_token_id,
     "do_sample": False,
     # Ids that the policy cannot sample.
-    "suppress_tokens": [*range(answering.count_sampled_ids(tokenizer, eos), rows)],
+    "suppress_tokens": [*range(stop_tokens.count_sampled_ids(tokenizer, stops), rows)],
   }
   write_json(folder / "generation_config.json", generation)
   vision = config["vision_config"]
@@ -138,8 +138,9 @@ def copy_files(folder: pathlib.Path, source: pathlib.Path, template: str) -> Non
   """
   if template != OWN_TEMPLATE:
     raise UserError(
-      f"model.template was {template!r} in training, but a Qwen3-VL is exported with "
-      f"the template of its base. Train with --config.model.template={OWN_TEMPLATE}."
+      f"model.template was {template!r} in training, but only a LLaVA is exported with "
+      "another template than that of its base. Train with "
+      f"--config.model.template={OWN_TEMPLATE}."
     )
   check_links(source)
   for name in READ_FILES:

@@ -9,7 +9,9 @@ from vlmrlaif_jax.data.decoding.sampling import (
   Timeline,
   choose_frames,
   sample_frame_indices,
+  select_frames,
 )
+from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
 
 
@@ -119,3 +121,20 @@ def test_the_rule_of_a_family_counts_frames_of_the_video_at_its_rate(rate):
 def test_the_rule_of_a_family_applies_to_a_part():
   found = choose_frames(at_rate(10, 300), Qwen3VLProcessor(min_frames=1), 5.0, 8.0)
   assert found.tolist() == [50, 56, 62, 68, 74, 80]
+
+
+@pytest.mark.parametrize(
+  "timeline, part, want",
+  [
+    (at_rate(10, 35), (), 6 / 3.5),  # 6 frames of 3.5 seconds, not 5 gaps of 2.9.
+    (at_rate(10, 300), (5.0, 7.9), 6 / 3.0),  # Frames 50 to 79.
+    (at_rate(30000 / 1001, 60), (), 4 / 60 * (30000 / 1001)),
+    (Timeline(np.zeros(1), 0.0), (), 0.0),  # A picture.
+  ],
+)
+def test_rate_is_the_number_of_frames_that_a_second_of_the_part_has(
+  timeline, part, want
+):
+  selected = select_frames(timeline, Qwen25VLProcessor(), *part)
+  assert selected.rate == pytest.approx(want, rel=1e-12)
+  assert selected.seconds == timeline.seconds[selected.numbers].tolist()

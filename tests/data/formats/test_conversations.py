@@ -3,7 +3,9 @@
 import pytest
 
 from vlmrlaif_jax.data.formats.conversations import read_messages, read_transcript
+from vlmrlaif_jax.data.formats.media import Medium
 from vlmrlaif_jax.data.formats.turns import join_turns
+from vlmrlaif_jax.data.templates import PART_MARKS
 
 ASK = {"role": "user", "content": "A?"}
 REPLY = {"role": "assistant", "content": "a"}
@@ -12,7 +14,7 @@ MORE = [{"role": "user", "content": "B?"}, {"role": "assistant", "content": "b"}
 
 def turns(row, **settings):
   given = {"need_answer": True, "has_tags": True} | settings
-  return join_turns(read_messages(row), **given)
+  return join_turns(read_messages(row), [Medium("video", "a.mp4")], **given)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +83,9 @@ def test_media_in_messages_are_placeholders_and_names():
     {"type": "text", "text": "A?"},
   ]
   row = {"messages": [ASK | {"content": content}, REPLY]}
-  assert turns(row).placeholders == 1
+  assert turns(row).turns == [("A?", "a")]
   [message, _] = read_messages(row)
+  assert message.text == PART_MARKS["video"] + "A?"
   assert message.media == (("video", "a.mp4"),)
   assert message.options == (("video_start", 1),)
 
@@ -124,8 +127,7 @@ def test_media_have_several_spellings(part, name):
       "differs from the system turn",
     ),
     ({"messages": [{"role": "system", "content": "<video>x"}, ASK, REPLY]}, "turn 1"),
-    ({"messages": [ASK, REPLY, {"role": "user", "content": "<video>B?"}]}, "turn 3"),
-    ({"messages": [ASK, REPLY, MORE[0] | {"images": ["a.jpg"]}, REPLY]}, "turn 3"),
+    ({"messages": [ASK, REPLY, ASK | {"content": "<video>"}, REPLY]}, "turn 3: empty"),
     ({"messages": [ASK, {"role": "assistant", "content": "<image>"}]}, "must be text"),
     ({"messages": [ASK | {"content": "Is <image> red?"}, REPLY]}, "within a sentence"),
     ({"messages": [ASK | {"content": [{"type": "audio"}]}, REPLY]}, "type 'audio'"),

@@ -62,9 +62,9 @@ def test_part_of_a_video_may_be_in_a_message(folder):
 @pytest.mark.parametrize(
   ("row", "reason"),
   [
-    ({"video": ["a.mp4", "b.mp4"]}, "it has 2 videos"),
-    ({"videos": ["a.mp4", "frames"]}, "it has 2 videos"),
-    ({"video": "a.mp4", "image": "frames/1.jpg"}, "a video and an image"),
+    ({"videos": ["a.mp4", "b.mp4"], "start": 1}, "name the part of each"),
+    ({"videos": [["a.mp4", "b.mp4"]]}, "a list of 2 files is one video"),
+    ({"video": "a.mp4", "image": "frames/3.jpg"}, "frames/3.jpg"),
     ({"video": "a.mp4", "videos": ["b.mp4"]}, '"video" and "videos" differ'),
     ({"video": "https://a.org/a.mp4"}, "not an address: download https://a.org/a.mp4"),
     ({"video": ""}, 'it has no "video"'),
@@ -104,7 +104,15 @@ def test_frames_have_no_placeholder_one_or_one_each(folder, count):
   assert example["video"] == [str(folder / f"frames/{i}.jpg") for i in (1, 2)]
 
 
-@pytest.mark.parametrize(("name", "file"), [("x", "x.webm"), ("x.pkl", "x.webm")])
+@pytest.mark.parametrize(
+  ("name", "file"),
+  [
+    ("x", "x.webm"),
+    ("x.pkl", "x.webm"),
+    ("X.MP4", "x.webm"),
+    ("A.MP4#t=1", "a.mp4#t=1"),
+  ],
+)
 def test_suffix_of_a_video_may_be_missing(folder, name, file):
   [example], _ = read(folder, {"video": name})
   assert example["video"] == str(folder / file)

@@ -54,4 +54,4 @@ def test_rejected_records_of_the_page_are_skipped(write, row):
 
 def test_the_page_has_snippets():
   count = {name: len(snippets(name)) for name in ("Records", "Preferences", "Rejected")}
-  assert count == {"Records": 8, "Preferences": 7, "Rejected": 1}
+  assert count == {"Records": 9, "Preferences": 7, "Rejected": 1}

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from vlmrlaif_jax.data.processors.interface import process_frames
+from vlmrlaif_jax.data.video import Frames
+
 
 def make_frames(count, height, width):
   """Frames of noise on moving waves, between black and white."""
@@ -23,3 +26,12 @@ def assert_pixels_close(got, want, std):
   assert got.shape == want.shape
   error = np.abs(got - want) * 255 * std
   assert np.quantile(error, 0.99) <= 2 and error.max() <= 8
+
+
+def process(processor, frames):
+  """The pixels of frames that are resized as a decoder resizes them."""
+  count = len(frames) if len(frames) > 1 else None  # One is an image.
+  resized = np.stack([processor.resize(frame, count) for frame in frames])
+  times = np.arange(len(frames)) / processor.fps
+  processed, _ = process_frames(processor, Frames(resized, times, frames.shape[1:3]))
+  return processed

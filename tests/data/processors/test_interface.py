@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.data.processors import interface
-from vlmrlaif_jax.data.processors.interface import Grid
+from vlmrlaif_jax.data.processors.interface import Grid, Visual
+from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
+from vlmrlaif_jax.data.video import Frames
 
 LINE = np.arange(3)[:, None]
 SQUARE = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
@@ -56,3 +58,17 @@ def test_split_runs_are_an_error():
 def test_nearest_size_is_chosen(size, want):
   sizes = [(24, 24), (18, 32), (32, 18)]
   assert interface.fix_grid(Grid(7, *size), sizes) == Grid(7, *want)
+
+
+@pytest.mark.parametrize(
+  "count, want",
+  [
+    (2, Visual(Grid(1, 4, 4), (0.0, 0.4), rate=2.5)),
+    (1, Visual(Grid(1, 4, 4), (0.0,), rate=2.5)),  # An image has no rate.
+  ],
+)
+def test_layout_has_the_rate_of_a_video(count, want):
+  pixels, seconds = np.zeros((count, 56, 56, 3), np.uint8), np.arange(count) * 0.4
+  frames = Frames(pixels, seconds, (56, 56), 2.5)
+  _, layout = interface.process_frames(Qwen25VLProcessor(), frames)
+  assert layout == want

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from tests.data.processors.clips import assert_pixels_close, make_frames
+from tests.data.processors.clips import assert_pixels_close, make_frames, process
 from tests.helpers.processor_oracle import Call, run_calls
 from vlmrlaif_jax.data.processors.interface import Grid, Visual, make_positions
 from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
@@ -197,6 +197,9 @@ def size_of(processor):
   )
 
 
+LIMITED = DEFAULT.limit(fps=0.0, max_frames=8, max_pixels=100_000)
+
+
 def video_call(count, height, width, settings, **sampling):
   ours = Qwen25VLProcessor(**settings)
   limits = dict(
@@ -214,6 +217,8 @@ def video_call(count, height, width, settings, **sampling):
 def theirs():
   """Name -> output of transformers; all in one process, which starts slowly."""
   calls = {name: video_call(*case) for name, case in VIDEOS.items()}
+  limited = dict(max_video_tokens=LIMITED.max_video_tokens)
+  calls["pixels"] = video_call(8, 200, 120, limited)
   metadata = [dict(total_num_frames=35, fps=10.0)]
   calls["sampled"] = video_call(
     35, 56, 56, {}, do_sample_frames=True, fps=2, video_metadata=metadata
@@ -233,9 +238,16 @@ def test_pixels_of_a_video_equal_transformers(theirs, name):
   processor = Qwen25VLProcessor(**settings)
   grid = processor.choose_grid(height, width, count)
   assert list(grid) == theirs[name]["video_grid_thw"][0].tolist()
-  got = processor.process(make_frames(count, height, width), grid)
+  got = process(processor, make_frames(count, height, width))
   want = theirs[name]["pixel_values_videos"]
   assert_pixels_close(got.pixels, want, max(DEFAULT.std))
+
+
+@pytest.mark.torchvision
+def test_limited_grid_equals_transformers_and_keeps_the_limit(theirs):
+  grid = LIMITED.choose_grid(200, 120, 8)
+  assert list(grid) == theirs["pixels"]["video_grid_thw"][0].tolist()
+  assert 0.8 * 100_000 < 8 * grid.height * grid.width * 14**2 <= 100_000
 
 
 @pytest.mark.torchvision
@@ -243,7 +255,7 @@ def test_sampled_frames_equal_transformers(theirs):
   frames = make_frames(35, 56, 56)[DEFAULT.sample_frames(35, 10.0)]
   grid = DEFAULT.choose_grid(56, 56, len(frames))
   assert list(grid) == theirs["sampled"]["video_grid_thw"][0].tolist()
-  got = DEFAULT.process(frames, grid)
+  got = process(DEFAULT, frames)
   want = theirs["sampled"]["pixel_values_videos"]
   assert_pixels_close(got.pixels, want, max(DEFAULT.std))
 
@@ -253,5 +265,5 @@ def test_pixels_of_an_image_equal_transformers(theirs):
   grid = DEFAULT.choose_grid(100, 130, None)
   assert list(grid) == theirs["image"]["image_grid_thw"][0].tolist()
   assert math.prod(grid) == len(theirs["image"]["pixel_values"])
-  got = DEFAULT.process(make_frames(1, 100, 130), grid)
+  got = process(DEFAULT, make_frames(1, 100, 130))
   assert_pixels_close(got.pixels, theirs["image"]["pixel_values"], max(DEFAULT.std))

@@ -6,9 +6,9 @@ import tokenizers
 import torch
 import transformers
 
-from tests.data.processors.clips import assert_pixels_close, make_frames
+from tests.data.processors.clips import assert_pixels_close, make_frames, process
 from tests.helpers.processor_oracle import Call, run_calls
-from vlmrlaif_jax.data.processors import qwen3_vl
+from vlmrlaif_jax.data.processors import temporal_patches
 from vlmrlaif_jax.data.processors.interface import Grid, Visual, make_positions
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
 
@@ -128,13 +128,13 @@ def test_patches_of_a_square_are_neighbors():
   frames[..., 0] = np.arange(8).reshape(1, 1, 8) // 2 + 4 * (
     np.arange(4).reshape(1, 4, 1) // 2
   )
-  patches = qwen3_vl.cut_temporal_patches(frames, patch=2, merge=2)
+  patches = temporal_patches.cut_temporal_patches(frames, patch=2, merge=2)
   assert patches[:, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def test_channels_are_color_frame_row_and_column():
   frames = np.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3).astype(np.float32)
-  patch = qwen3_vl.cut_temporal_patches(frames, patch=4, merge=1)
+  patch = temporal_patches.cut_temporal_patches(frames, patch=4, merge=1)
   np.testing.assert_array_equal(patch.reshape(3, 2, 4, 4), np.moveaxis(frames, -1, 0))
 
 
@@ -349,7 +349,7 @@ def test_pixels_of_a_video_equal_transformers(theirs, name):
   processor = Qwen3VLProcessor(**settings)
   grid = processor.choose_grid(height, width, count)
   assert list(grid) == theirs[name]["video_grid_thw"][0].tolist()
-  got = processor.process(make_frames(count, height, width), grid)
+  got = process(processor, make_frames(count, height, width))
   assert_pixels_close(got.pixels, theirs[name]["pixel_values_videos"], std=0.5)
 
 
@@ -360,7 +360,7 @@ def test_pixels_of_an_image_equal_transformers(theirs, name):
   processor = Qwen3VLProcessor(**settings)
   grid = processor.choose_grid(height, width, None)
   assert list(grid) == theirs[name]["image_grid_thw"][0].tolist()
-  got = processor.process(make_frames(1, height, width), grid)
+  got = process(processor, make_frames(1, height, width))
   assert_pixels_close(got.pixels, theirs[name]["pixel_values"], std=0.5)
 
 
@@ -370,7 +370,7 @@ def test_frames_and_text_of_a_prompt_equal_transformers(theirs):
   indices = DEFAULT.sample_frames(33, 12.0)
   video = Visual(DEFAULT.choose_grid(64, 96, len(indices)), tuple(indices / 12.0))
   assert list(video.grid) == out["video_grid_thw"][0].tolist()
-  pixels = DEFAULT.process(make_frames(33, 64, 96)[indices], video.grid).pixels
+  pixels = process(DEFAULT, make_frames(33, 64, 96)[indices]).pixels
   assert_pixels_close(pixels, out["pixel_values_videos"], std=0.5)
   image = Visual(DEFAULT.choose_grid(64, 64, None))
   text = [

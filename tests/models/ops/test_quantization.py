@@ -331,7 +331,7 @@ def test_generate_samples_from_a_quantised_base():
     **quantised(variables["params"], "nf4_double"),
     "lora": variables["lora"],
   }
-  settings = dict(max_new=4, temperature=1.0, eos=-5, pad=0)
+  settings = dict(max_new=4, temperature=1.0, stops=(-5,), pad=0)
   sample = jax.jit(functools.partial(generate, model, **settings))
   batch, logps = sample(base, prompts, jax.random.key(3))
   logits = jax.jit(model.apply)(jax.jit(quantization.restore_quantized)(base), batch)

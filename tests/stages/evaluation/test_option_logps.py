@@ -46,7 +46,7 @@ def test_logps_are_sums_over_an_options_tokens_without_its_end(one, policy, ask)
     example = {"video": last.video, "question": last.text}
     batch = scoring.make_scored_batch(one, [example], [option])
     learned = np.flatnonzero(batch.loss_mask[0])
-    assert batch.tokens[0, learned[-1]] == one.eos
+    assert batch.tokens[0, learned[-1]] == one.stops[0]
     logits = apply(policy, sharding.shard_batch(batch, one.mesh))
     each = np.asarray(jax.nn.log_softmax(logits[0].astype(np.float32)))
     right = sum(each[t - 1, batch.tokens[0, t]] for t in learned[:-1])

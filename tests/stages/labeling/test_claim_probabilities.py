@@ -7,6 +7,7 @@ from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Batch, merge_params
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.templates import MEDIA_MARK
 from vlmrlaif_jax.feedback.claims import normalize_yes_no
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering, role_params
@@ -31,6 +32,7 @@ def queries(one):
     JudgeQuery("2", first, "Is your last answer right?", turn),
     JudgeQuery("3", second, "Is your last answer right?", turn),
     JudgeQuery("4", first, "Does the green ring move?", turn * 2),
+    JudgeQuery("5", second, f"Is it blue? {MEDIA_MARK}"),
   ]
 
 
@@ -65,9 +67,9 @@ def test_shared_rows_change_nothing(one, variables, queries, length):
 
 def test_a_video_stands_in_a_row_once(one, queries):
   rows = claim_probabilities.pack_queries(one, queries, 400)
-  assert [row.numbers for row in rows] == [[0, 2, 4], [1, 3]]
+  assert [row.numbers for row in rows] == [[0, 2, 4], [1, 3], [5]]
   shorter = claim_probabilities.pack_queries(one, queries, len(rows[0].ids) - 1)
-  assert [row.numbers for row in shorter] == [[0, 2], [1, 3], [4]]
+  assert [row.numbers for row in shorter] == [[0, 2], [1, 3], [4], [5]]
 
 
 def test_what_does_not_fit_has_no_answer(one, variables, queries):

@@ -11,14 +11,16 @@ from configs import front
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
-from vlmrlaif_jax.data import features, pipeline, prompts, records
+from vlmrlaif_jax.data import features, pipeline, prompts, records, tokenization
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor
+from vlmrlaif_jax.data.templates import MEDIA_MARK
+from vlmrlaif_jax.data.video import MediaList
 from vlmrlaif_jax.feedback.pairwise_judge import PAIR_OUTCOMES
 from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime.answering import VideoReply
-from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.labeling import pairwise
+from vlmrlaif_jax.runtime.run import Run, resolve_checkpoint
+from vlmrlaif_jax.stages.labeling import pairwise, preference_rows
 
 RIGHT, WRONG = "It is red.", "It is blue."
 # Two answers to each prompt; the scripted judge goes by the words in capitals.
@@ -89,11 +91,16 @@ def made_up_run(workdir, **settings):
   config.model.update(frames=5, clip_frames=2)
   config.label.update(block=4, **settings)
   files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
+  processor = LlavaProcessor(5, 16, 4)
+  layouts = dict.fromkeys(files, processor.layout)
+  tiny = resolve_checkpoint("builtin:tiny")
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, reward_model=None,
-    base=None, reward_model_base=None, tokenizer=None, template=None, eos=0,
-    processor=LlavaProcessor(5, 16, 4), splits=pipeline.Splits(prompts=examples),
-    features=features.FeatureStore(files, {}, {}, {}),
+    base=None, reward_model_base=None, 
+    tokenizer=tokenization.load_tokenizer(tiny), stops=(0,),
+    template=tokenization.get_template("brief"),
+    processor=processor, splits=pipeline.Splits(prompts=examples),
+    features=features.FeatureStore(files, layouts, {}, {}),
   )  # fmt: skip
 
 
@@ -207,8 +214,32 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
          "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
   example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
              "question": "?", "source": ""}  # fmt: skip
-  made = pairwise.make_preference(example, row, tmp_path, judge_text="")
+  made = preference_rows.make_preference(example, row, tmp_path, judge_text="")
   assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
+
+
+@pytest.mark.parametrize(
+  ("videos", "question"),
+  [
+    (("1.jpg", "2.jpg"), f"Is {MEDIA_MARK} like {MEDIA_MARK}?"),
+    (("a.mp4", "1.jpg", ["1.jpg", "2.jpg"]), "Which?"),
+    (("a.mp4", "b.mp4"), f"{MEDIA_MARK}Which?\n{MEDIA_MARK}"),
+  ],
+)
+def test_pair_about_several_videos_is_read_again(tmp_path, videos, question):
+  for name in ("a.mp4", "b.mp4", "1.jpg", "2.jpg"):
+    (tmp_path / name).touch()
+  place = lambda x: str(tmp_path / x) if isinstance(x, str) else list(map(place, x))
+  row = {"id": "p", "outputs": ["a", "b"], "preference": 1, "verdicts": ["x", "y"],
+         "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
+  example = {"id": "p", "video": MediaList(tuple(map(place, videos))),
+             "question": question, "source": ""}  # fmt: skip
+  made = preference_rows.make_preference(example, row, tmp_path, judge_text="")
+  assert made["videos"] == list(videos)
+  jsonl.write_records(tmp_path / "pairs.jsonl", [made])
+  [pair], _ = records.read_preferences(tmp_path / "pairs.jsonl")
+  assert pair["video"] == example["video"]
+  assert pair["question"] == question
 
 
 @pytest.mark.parametrize(
@@ -224,7 +255,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
 )
 def test_truth_has_a_say_only_where_mistakes_differ(preference, mistakes, agrees):
   row = {"preference": preference, "mistakes": mistakes}
-  assert pairwise.is_agreeing_with_truth(row) is agrees
+  assert preference_rows.is_agreeing_with_truth(row) is agrees
 
 
 def test_first_two_answers_that_differ_are_compared():
@@ -298,12 +329,11 @@ def test_bad_settings_are_refused(tmp_path, settings, said):
 
 
 def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
-  too_long = lambda run, variables, requests, sampling, *, seed: [
-    [VideoReply("", False, fits=False)] * sampling.samples for _ in requests
-  ]
-  monkeypatch.setattr(pairwise.answering, "answer_requests", too_long)
-  with pytest.raises(UserError, match="caption_prompt_len=40"):
-    run_stage(made_up_run(tmp_path))
+  asked = []
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted(asked))
+  with pytest.raises(UserError, match="caption_prompt_len=20: .* video of kept_1"):
+    run_stage(made_up_run(tmp_path, caption_prompt_len=20))
+  assert asked == []
 
 
 # With a model: random weights, so that hardly a word is understood.

@@ -126,7 +126,7 @@ def compared(one, workdir, monkeypatch, judge, **settings):
   examples = run.splits.prompts[:2]
   oracle = oracles.make_oracle(run, run.config.grpo.oracle, examples, workdir)
   batch = batch_of(run, ["Red.", "A red.", "Red.", "Blue.", "A blue.", "No."])
-  ended = np.full((6, 1), run.eos)
+  ended = np.full((6, 1), run.stops[0])
   tokens = np.concatenate([batch.tokens, ended], axis=1)
   mask = np.concatenate([batch.loss_mask, ended > -1], axis=1)
   return oracle, oracle.score(
@@ -190,8 +190,8 @@ def test_verdicts_are_of_prompts_that_ask_for_one(one, tmp_path):
   example = {"id": "a", "truth": {"better": 2}}
   oracle = oracles.make_oracle(run, run.config.grpo.oracle, [example], tmp_path)
   batch = batch_of(run, ["Output B is better.", "Output A is better.", "Hm."])
-  tokens = np.where(batch.loss_mask, batch.tokens, run.eos)
-  tokens = np.concatenate([tokens, np.full((3, 1), run.eos)], axis=1)
+  tokens = np.where(batch.loss_mask, batch.tokens, run.stops[0])
+  tokens = np.concatenate([tokens, np.full((3, 1), run.stops[0])], axis=1)
   batch = batch._replace(tokens=tokens, loss_mask=np.ones(tokens.shape, bool))
   scores, valid = oracle.score({"example_ids": np.array([0])}, batch)
   np.testing.assert_array_equal(scores, [1, 0, 0])

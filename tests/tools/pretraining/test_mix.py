@@ -14,6 +14,7 @@ from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.data.world import language, scene
 
 VIDEO, CLIP, LENGTH = 5, 3, 900  # Tokens.
+TEMPLATE = tokenization.CONVERSATION_TEMPLATES["brief"]
 SCENES = [scene.sample_scene(np.random.default_rng(i)) for i in range(3)]
 TASKS = [
   mix.make_tasks(each, np.random.default_rng(9), judging=True) for each in SCENES
@@ -23,16 +24,16 @@ CLIPS = [mix.make_clip_task(each, third) for third, each in enumerate(SCENES)]
 
 def ids_of(tok, task, video_tokens=VIDEO):
   """A conversation, encoded alone."""
-  template = tokenization.CONVERSATION_TEMPLATES["brief"]
   return tokenization.encode_conversation(
-    tok, template, task.turns, video=lay_out_features(video_tokens)
+    tok, TEMPLATE, task.turns, video=lay_out_features(video_tokens)
   ).ids
 
 
 def pack(tok, *, length=LENGTH, clips=CLIPS):
   return mix.pack(
-    tok, TASKS, length=length, video_tokens=VIDEO, clips=clips, clip_tokens=CLIP
-  )
+    tok, TEMPLATE, TASKS, length=length, videos=[lay_out_features(VIDEO)] * len(TASKS),
+    clips=clips, clip_videos=[lay_out_features(CLIP)] * len(clips),
+  )  # fmt: skip
 
 
 def own_row(packed, row, segment):

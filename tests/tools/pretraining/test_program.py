@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import pretrain as recipe
-from tools.pretraining import program
+from tools.pretraining import llava_base, program
+from tools.pretraining.base import PHASES
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.report.files import list_report_stages, read_stage_facts
 from vlmrlaif_jax.runtime import run
@@ -18,7 +19,7 @@ SHIPPED = run.resolve_checkpoint("builtin:tiny")
 def config():
   made = recipe.get_config("small")
   made.videos = 12
-  for name in program.PHASES:
+  for name in PHASES:
     made[name].update(steps=1, batch_size=2)
     made[name].optimizer.warmup_steps = 0
   return made
@@ -36,8 +37,8 @@ def exported(tmp_path_factory):
 
 def test_a_report_finds_the_phases(exported):
   folder, _ = exported
-  assert list_report_stages(folder) == list(program.PHASES)
-  titles = [read_stage_facts(folder, phase).title for phase in program.PHASES]
+  assert list_report_stages(folder) == list(PHASES)
+  titles = [read_stage_facts(folder, phase).title for phase in PHASES]
   assert titles == list(program.TITLES)
 
 
@@ -50,8 +51,8 @@ def test_a_base_of_given_towers_has_them_as_they_were(exported):
 
 def test_a_base_of_given_towers_learns_to_read_them(exported):
   again = config()
-  model, both = program.make_models(again.model, again.model.vocab)
-  before = program.init_params(model, both, jax.random.key(again.seed), again.model)[
+  model, both = llava_base.make_models(again.model, again.model.vocab)
+  before = llava_base.init_params(model, both, jax.random.key(again.seed), again.model)[
     "vlm"
   ]
   _, params = exported

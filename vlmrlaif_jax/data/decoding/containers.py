@@ -26,11 +26,13 @@ from vlmrlaif_jax.data.decoding.files import (
   Choose,
   Each,
   Frame,
+  MakeEach,
+  ReadFrame,
   check_regular_file,
   check_size,
 )
 from vlmrlaif_jax.data.decoding.pictures import flatten
-from vlmrlaif_jax.data.decoding.sampling import Timeline
+from vlmrlaif_jax.data.decoding.sampling import NOTHING, Selection, Timeline
 
 # Demuxers of video files. Playlists, which name other files, are not among them.
 FORMATS = (
@@ -57,28 +59,32 @@ class _WrongIndexError(Exception):
 
 
 def read_container(
-  path: str | os.PathLike, choose: Choose, each: Each
-) -> tuple[list[Frame], list[float]]:
-  """Reads the chosen frames of a video file.
+  path: str | os.PathLike, choose: Choose, make_each: MakeEach
+) -> tuple[list[ReadFrame], Selection]:
+  """Reads the selected frames of a video file.
 
   Args:
     path: The file.
-    choose: Returns the numbers of the frames to read.
-    each: Applied to one upright RGB frame at a time, which bounds memory.
+    choose: Selects the frames to read.
+    make_each: Returns what is applied to one upright RGB frame at a time, which bounds
+      memory.
 
   Returns:
-    The frames, and the time of each in seconds after the video's first frame.
+    The frames, and which they are.
   """
   index, timeline = read_index(path), None
-  required = set(choose(index.timeline)) if len(index.timeline.seconds) else set()
+  has_frames = len(index.timeline.seconds) > 0
+  predicted = choose(index.timeline) if has_frames else NOTHING
+  required, each = set(predicted.numbers), make_each(predicted)
   try:
     selected, timeline = _decode_by_seeking(path, index, required, each), index.timeline
   except (_WrongIndexError, StopIteration, av.FFmpegError):
     selected, timeline = _decode_in_order(path, index, required, each)
-  numbers = choose(timeline)
-  if not set(numbers) <= selected.keys():
-    selected, _ = _decode(path, set(numbers), each)
-  return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
+  chosen = choose(timeline)
+  numbers = chosen.numbers
+  if len(numbers) != len(predicted.numbers) or not set(numbers) <= selected.keys():
+    selected, _ = _decode(path, set(numbers), make_each(chosen))
+  return [selected[n] for n in numbers], chosen
 
 
 def open_container(path: str | os.PathLike) -> InputContainer:
@@ -163,7 +169,7 @@ def _make_timeline(
 
 def _decode_by_seeking(
   path: str | os.PathLike, index: FrameIndex, required: set[int], each: Each
-) -> dict[int, Frame]:
+) -> dict[int, ReadFrame]:
   """Returns the required frames; skips groups of frames that contain none of them.
 
   Raises:
@@ -222,7 +228,7 @@ def _skip_to_key(
 
 def _decode_in_order(
   path: str | os.PathLike, index: FrameIndex, required: set[int], each: Each
-) -> tuple[dict[int, Frame], Timeline]:
+) -> tuple[dict[int, ReadFrame], Timeline]:
   """Returns the required frames by number, and the timeline of the decoded frames.
 
   If the required frames end before the video does, so does decoding.
@@ -237,7 +243,7 @@ def _decode_in_order(
 
 def _decode(
   path: str | os.PathLike, required: Iterable[int], each: Each, stop: int | None = None
-) -> tuple[dict[int, Frame], Timeline]:
+) -> tuple[dict[int, ReadFrame], Timeline]:
   """Decodes a file from its start.
 
   Args:

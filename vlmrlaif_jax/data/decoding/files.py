@@ -3,22 +3,32 @@
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
 
-from vlmrlaif_jax.data.decoding.sampling import Timeline
+from vlmrlaif_jax.data.decoding.sampling import Selection, Timeline
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 64_000_000  # Pixels of a frame; a frame of 8K video has 33 million.
 MAX_SIDE = 65_535  # Pixels of a side, the largest in a JPEG.
 
 Frame: TypeAlias = UInt8[np.ndarray, "height width 3"]
-Choose: TypeAlias = Callable[[Timeline], Sequence[int]]  # Numbers of frames to read.
-Each: TypeAlias = Callable[[Frame], Frame]  # Applied to each frame that is read.
+Choose: TypeAlias = Callable[[Timeline], Selection]  # Selects the frames to read.
+
+
+class ReadFrame(NamedTuple):
+  """A frame in the size that a reading gives it."""
+
+  pixels: Frame
+  size: tuple[int, int]  # Height and width before it was resized.
+
+
+Each: TypeAlias = Callable[[Frame], ReadFrame]  # Applied to each frame that is read.
+MakeEach: TypeAlias = Callable[[Selection], Each]
 
 
 def check_regular_file(path: str | os.PathLike) -> None:

@@ -14,10 +14,12 @@ from vlmrlaif_jax.data.decoding.files import (
   Choose,
   Each,
   Frame,
+  MakeEach,
+  ReadFrame,
   check_regular_file,
   check_size,
 )
-from vlmrlaif_jax.data.decoding.sampling import Timeline
+from vlmrlaif_jax.data.decoding.sampling import Selection, Timeline
 
 # Pillow reads dozens of formats by content, among them PostScript, which it runs.
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
@@ -39,7 +41,7 @@ def is_picture(path: str | os.PathLike) -> bool:
 
 def read_images(
   paths: Sequence[str | os.PathLike], indices: Sequence[int], each: Each
-) -> dict[int, Frame]:
+) -> dict[int, ReadFrame]:
   """Reads the images of the given indices, and applies `each` to one at a time."""
   frames = {}
   for index in sorted(set(indices)):
@@ -50,31 +52,31 @@ def read_images(
 
 
 def read_animation(
-  path: str | os.PathLike, choose: Choose, each: Each
-) -> tuple[list[Frame], list[float]]:
-  """Reads the chosen frames of an animation, or the one frame of a picture.
+  path: str | os.PathLike, choose: Choose, make_each: MakeEach
+) -> tuple[list[ReadFrame], Selection]:
+  """Reads the selected frames of an animation, or the one frame of a picture.
 
   Args:
     path: The file.
-    choose: Returns the indices of the frames to read.
-    each: Applied to one frame at a time, which bounds memory.
+    choose: Selects the frames to read.
+    make_each: Returns what is applied to one frame at a time, which bounds memory.
 
   Returns:
-    The frames, and the time of each in seconds.
+    The frames, and which they are.
   """
   with open_image(path) as image:
     timeline, first = measure_animation(image)
-  indices = choose(timeline)
-  frames = {}
+  chosen = choose(timeline)
+  each, frames = make_each(chosen), {}
   with open_image(path) as image:
-    for index in range(max(indices) + 1):
+    for index in range(max(chosen.numbers) + 1):
       if first + index:
         image.seek(first + index)
-      if index in indices:
+      if index in chosen.numbers:
         frames[index] = each(_convert(image))
       else:
         image.load()
-  return [frames[i] for i in indices], [float(timeline.seconds[i]) for i in indices]
+  return [frames[i] for i in chosen.numbers], chosen
 
 
 def measure_animation(image: Image.Image) -> tuple[Timeline, int]:

@@ -66,6 +66,40 @@ class Timeline(NamedTuple):
   seconds: Float[np.ndarray, " total"]  # Start of each frame, in order, from 0.
   duration: float  # End of the last frame, in seconds.
 
+  @property
+  def rate(self) -> float | None:
+    """Frames per second; None for a picture, which has no duration."""
+    if self.duration <= 0:
+      return None
+    rate = len(self.seconds) / self.duration  # Sums of times are not exact.
+    return float(Fraction(rate).limit_denominator(MAX_DENOMINATOR))
+
+
+class Selection(NamedTuple):
+  """The frames of a video that are read."""
+
+  numbers: list[int]  # Indices in order; they may repeat.
+  seconds: list[float]  # Time of each, after the video's first frame.
+  # Their number / the seconds of the video, or of the part that is read; 0 for a
+  # picture.
+  rate: float
+
+
+NOTHING = Selection([], [], 0.0)
+
+
+def select_frames(
+  timeline: Timeline, sampling: Sampling, start: float = 0.0, end: float = math.inf
+) -> Selection:
+  """Returns the frames of `choose_frames` with their times.
+
+  >>> select_frames(Timeline(np.arange(30) / 10, 3.0), ByCount(6)).rate
+  2.0
+  """
+  chosen = choose_frames(timeline, sampling, start, end)
+  rate = len(chosen) / len(_find_part(timeline, start, end)) * (timeline.rate or 0.0)
+  return Selection(chosen.tolist(), timeline.seconds[chosen].tolist(), rate)
+
 
 def choose_frames(
   timeline: Timeline, sampling: Sampling, start: float = 0.0, end: float = math.inf
@@ -92,6 +126,16 @@ def choose_frames(
   Raises:
     ValueError: The video has no frame, or the part is empty or outside of it.
   """
+  numbers = _find_part(timeline, start, end)
+  if isinstance(sampling, ByRule):
+    return numbers.start + sampling.sample_frames(len(numbers), timeline.rate)
+  count = _count_frames(min(end, timeline.duration) - start, sampling)
+  part = timeline.seconds[numbers.start : numbers.stop]
+  return numbers.start + _spread(part, count)
+
+
+def _find_part(timeline: Timeline, start: float, end: float) -> range:
+  """Returns the indices of the frames of a part; see choose_frames."""
   seconds, duration = timeline
   if not len(seconds):
     raise ValueError("it contains no frames")
@@ -103,13 +147,7 @@ def choose_frames(
       "start and end of the record."
     )
   first, last = (_find_on_screen(seconds, t + CLOCK_S) for t in (start, end))
-  part = seconds[first : last + 1]
-  if isinstance(sampling, ByRule):
-    rate = len(seconds) / duration if duration > 0 else None
-    if rate is not None:  # Sums of times are not exact.
-      rate = float(Fraction(rate).limit_denominator(MAX_DENOMINATOR))
-    return first + sampling.sample_frames(len(part), rate)
-  return first + _spread(part, _count_frames(min(end, duration) - start, sampling))
+  return range(int(first), int(last) + 1)
 
 
 def _count_frames(duration: float, sampling: ByCount | ByFps) -> int:

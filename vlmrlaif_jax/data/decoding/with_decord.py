@@ -9,7 +9,8 @@ import os
 import numpy as np
 
 from vlmrlaif_jax.data.decoding import containers
-from vlmrlaif_jax.data.decoding.files import Choose, Each, Frame
+from vlmrlaif_jax.data.decoding.files import Choose, MakeEach, ReadFrame
+from vlmrlaif_jax.data.decoding.sampling import Selection
 
 # Containers in which tests find its frames equal to PyAV's, by PyAV's names.
 EXACT_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
@@ -17,9 +18,9 @@ _USE_PYAV = "Set data.decoder to 'pyav'."
 
 
 def read_with_decord(
-  path: str | os.PathLike, choose: Choose, each: Each
-) -> tuple[list[Frame], list[float]]:
-  """Reads the chosen frames of a video file; see containers.read_container.
+  path: str | os.PathLike, choose: Choose, make_each: MakeEach
+) -> tuple[list[ReadFrame], Selection]:
+  """Reads the selected frames of a video file; see containers.read_container.
 
   Raises:
     ValueError: decord may read other frames than PyAV does.
@@ -41,10 +42,10 @@ def read_with_decord(
     raise ValueError(
       f"decord counts {len(reader)} frames, not {len(timeline.seconds)}. {_USE_PYAV}"
     )
-  numbers = choose(timeline)
-  selected = {}
-  for number in range(max(numbers) + 1):
+  chosen = choose(timeline)
+  each, selected = make_each(chosen), {}
+  for number in range(max(chosen.numbers) + 1):
     frame = reader.next()
-    if number in numbers:
+    if number in chosen.numbers:
       selected[number] = each(np.asarray(frame.asnumpy()))
-  return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
+  return [selected[n] for n in chosen.numbers], chosen

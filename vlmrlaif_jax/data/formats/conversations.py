@@ -50,6 +50,11 @@ def read_messages(row: RecordRow) -> list[Message]:
   return messages
 
 
+def has_list(row: RecordRow) -> bool:
+  """Returns whether a row has a list of messages."""
+  return any(row.get(key) for key in LISTS)
+
+
 def has_conversation(row: RecordRow) -> bool:
   """Returns whether a row has a key of a conversation."""
   return any(row.get(key) for key in (*LISTS, *QUESTIONS, "QA", "texts", "turns"))

@@ -1,4 +1,4 @@
-"""The video of a row: its path, the paths of its frames, or bytes, and its time range.
+"""The media of a row: paths of videos and images, or bytes, and a range of time.
 
 Bytes in a row are written to a file that is named by their hash, so that each image is
 stored once.
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.formats.messages import Message, RecordRow
+from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.time_range import add_time_range, split_time_range
 
 VIDEO_KEYS, IMAGE_KEYS = ("video", "videos"), ("images", "image")
@@ -28,7 +29,6 @@ TIME_KEYS = (
   ("clip_start", "clip_end"),
 )
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4", ".m4v", ".gif")
 _CLOCK = re.compile(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)")
 # First bytes of files, at an index, and their suffixes.
 _SIGNATURES = (
@@ -51,55 +51,79 @@ class MediaFolders(NamedTuple):
   exists: Callable[[str], bool]  # Whether a path exists.
 
 
-def resolve_video(
-  row: RecordRow, messages: Sequence[Message], placeholders: int, folders: MediaFolders
-) -> str | list[str]:
-  """Returns the path of a row's video, or the paths of its frames.
+class Medium(NamedTuple):
+  """A video or an image of a row."""
+
+  kind: str  # "video" or "image", by the key that names it.
+  path: str | list[str]  # A list has the frames of a video.
+
+  @property
+  def is_image(self) -> bool:
+    """True for a single image file, which may be a frame of a video."""
+    return isinstance(self.path, str) and _is_image(self.path)
+
+
+def find_media(
+  row: RecordRow, messages: Sequence[Message], folders: MediaFolders
+) -> list[Medium]:
+  """Returns the videos and images of a row: at least one.
 
   Args:
     row: The row.
     messages: Its messages, whose parts may name media.
-    placeholders: Number of placeholders in the texts.
     folders: Folders of the data.
 
   Raises:
-    ValueError: The row has no video, several, or one that does not exist.
+    ValueError: The row has no video, or one that does not exist.
   """
-  named = _list_media(row, messages)
-  kinds = {kind for kind, _ in named}
-  if len(kinds) > 1:
-    raise ValueError("it has a video and an image, but models read one video: keep one")
-  items = [item for _, item in named]
-  if len(items) == 1 and isinstance(items[0], list | tuple):
-    items = list(items[0])
-  if not items:
+  media = [
+    Medium(kind, _find_paths(item, folders))
+    for kind, item in _list_media(row, messages)
+  ]
+  if not media:
     raise ValueError('it has no "video", "images" or "image"')
-  paths = [_find_path(item, folders) for item in items]
-  are_images = all(path.lower().endswith(_IMAGE_SUFFIXES) for path in paths)
-  if len(paths) > 1 and not are_images:
-    raise ValueError(
-      f"it has {len(paths)} videos, but models read one: keep one, or list its frames"
-    )
-  if placeholders > 1 and placeholders != len(paths):
-    raise ValueError(
-      f"its texts have {placeholders} placeholders, but it has {len(paths)} video(s) "
-      "or frame(s): keep one placeholder"
-    )
   start, end = _read_time_range(row, messages)
   if start is None and end is None:
-    return paths if len(paths) > 1 else paths[0]
-  if are_images or os.path.isdir(paths[0]):
+    return media
+  [kind, path], *others = media
+  if isinstance(path, list) or _is_image(path) or os.path.isdir(path):
     raise ValueError("it has a start or an end, but frames have no time: remove them")
-  if split_time_range(paths[0]).path != paths[0]:
+  if others:
+    raise ValueError(
+      "it has a start or an end, and several videos: name the part of each, as in "
+      '"clip.mp4#t=1.5,3"'
+    )
+  if split_time_range(path).path != path:
     raise ValueError("it has a start or an end, and the name of its video has another")
-  return add_time_range(paths[0], start, end)
+  return [Medium(kind, add_time_range(path, start, end))]
+
+
+def _is_image(path: str) -> bool:
+  return path.lower().endswith(_IMAGE_SUFFIXES)
+
+
+def _find_paths(item: Any, folders: MediaFolders) -> str | list[str]:
+  """Returns the path of a video or an image, or of each frame of a list."""
+  if not isinstance(item, list | tuple):
+    return _find_path(item, folders)
+  paths = [_find_path(each, folders) for each in item]
+  if len(paths) == 1:
+    return paths[0]
+  if not paths or not all(map(_is_image, paths)):
+    raise ValueError(
+      f"a list of {len(paths)} files is one video, so all must be images: name several "
+      'videos in one list, as in "videos": ["a.mp4", "b.mp4"]'
+    )
+  return paths
 
 
 def _list_media(row: RecordRow, messages: Sequence[Message]) -> list[tuple[str, Any]]:
   """Returns ("video" or "image", name) of each of the row's media."""
   in_parts = [each for message in messages for each in message.media]
   beside: list[tuple[str, Any]] = []
-  for kind, keys in (("video", VIDEO_KEYS), ("image", IMAGE_KEYS)):
+  kinds: dict[str, tuple[str, str]]
+  kinds = {"video": VIDEO_KEYS, "image": IMAGE_KEYS}
+  for kind, keys in kinds.items():
     values = [row[key] for key in keys if not _is_empty(row.get(key))]
     if len(values) > 1 and values[0] not in (values[1], [values[1]]):
       raise ValueError(f'"{keys[0]}" and "{keys[1]}" differ: keep one of them')
@@ -109,9 +133,10 @@ def _list_media(row: RecordRow, messages: Sequence[Message]) -> list[tuple[str, 
   if not beside and not in_parts:
     values = [row[key] for key in PATH_KEYS if not _is_empty(row.get(key))]
     beside = [("video", values[0])] if values else []
-  if beside and in_parts and beside != in_parts:
+  sort = lambda items: sorted(items, key=lambda each: each[0], reverse=True)
+  if beside and in_parts and beside != sort(in_parts):
     raise ValueError("its messages name other media than the record: keep one of them")
-  return beside or in_parts
+  return in_parts or beside
 
 
 def _is_empty(value: Any) -> bool:
@@ -142,12 +167,12 @@ def _find_path(item: Any, folders: MediaFolders) -> str:
   fragment = path[len(whole) :]
   if fragment:
     add_time_range(whole, start, end if end != float("inf") else None)  # Checks both.
-  # Published records may name features (.pkl), or videos without a suffix.
-  stem = whole.removesuffix(".pkl")
-  for suffix in ("", *VIDEO_SUFFIXES):
-    candidate = (stem if suffix else whole) + suffix
-    if folders.exists(candidate):
-      return candidate + fragment
+  if not folders.exists(whole):
+    # Published records may name features (.pkl), or videos without a suffix.
+    parent, last = os.path.split(whole)
+    whole = find_video(parent, last, last.removesuffix(".pkl"))
+  if folders.exists(whole):
+    return whole + fragment
   raise ValueError(f"video not found: {path}")
 
 

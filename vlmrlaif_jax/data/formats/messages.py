@@ -35,7 +35,7 @@ class Message(NamedTuple):
   """A message of a conversation."""
 
   role: Literal["system", "human", "gpt"]
-  text: str  # Contains placeholders of media.
+  text: str  # Contains placeholders of media, and PART_MARKS for parts that are media.
   media: tuple[tuple[str, Any], ...] = ()  # ("video" or "image", name) of its parts.
   loss: bool = True  # False to exclude an answer from the loss.
   options: tuple[tuple[str, Any], ...] = ()  # Options of a video: its part in time.
@@ -75,7 +75,10 @@ def _read_message(message: Any, number: int) -> Message:
   for key in _MEDIA:
     named = message.get(key) or []
     names = named if isinstance(named, list) else [named]
-    media += tuple((key.removesuffix("s"), name) for name in names)
+    media_kind = key.removesuffix("s")
+    media += tuple((media_kind, name) for name in names)
+    if not placeholders.find_placeholders(text):
+      text = templates.PART_MARKS[media_kind] * len(names) + text
   loss = _read_loss(message, kind, number)
   return Message(kind, text, media, loss, options)
 
@@ -97,7 +100,7 @@ def _read_loss(message: RecordRow, kind: str, number: int) -> bool:
 def read_content(
   content: Any, where: str
 ) -> tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
-  """Returns the text of a message with placeholders, its media, and their options.
+  """Returns the text of a message with PART_MARKS, its media, and their options.
 
   Args:
     content: A text, or a list of parts, as of OpenAI or Qwen.
@@ -121,7 +124,7 @@ def read_content(
     if kind == "text":
       pieces.append(read_text(part.get("text", part.get("content")), where))
       continue
-    pieces.append(f"\n<{kind}>\n")
+    pieces.append(templates.PART_MARKS[kind])
     named = _find_part_name(part, kind)
     if named:
       media.append((kind, named))
@@ -173,9 +176,10 @@ def check_answer(message: Message, where: str) -> str:
   Raises:
     ValueError: The answer contains media or invalid characters.
   """
-  if message.media or placeholders.is_placeholder(message.text):
+  text = message.text
+  if message.media or placeholders.has_part(text) or placeholders.is_placeholder(text):
     raise ValueError(f"{where}: an answer must be text, without videos or images")
-  return templates.check_plain_text(message.text).strip()
+  return templates.check_plain_text(text).strip()
 
 
 def quote_keys(names: Iterable[str]) -> str:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vlmrlaif_jax.data import templates
-from vlmrlaif_jax.data.formats import placeholders
+from vlmrlaif_jax.data.formats import placeholders, places
+from vlmrlaif_jax.data.formats.media import Medium
 from vlmrlaif_jax.data.formats.messages import Message, check_answer
+from vlmrlaif_jax.data.video import MediaList
 
 
 class Conversation(NamedTuple):
@@ -13,11 +15,15 @@ class Conversation(NamedTuple):
 
   turns: list[tuple[str, str]]  # (question, answer); the last answer may be "".
   loss: list[bool]  # Whether the loss includes the answer of each turn.
-  placeholders: int  # Number of placeholders that were removed.
+  video: str | list[str] | MediaList  # Video or videos, in the order of their places.
 
 
 def join_turns(
-  messages: Sequence[Message], *, need_answer: bool, has_tags: bool
+  messages: Sequence[Message],
+  media: Sequence[Medium],
+  *,
+  need_answer: bool,
+  has_tags: bool,
 ) -> Conversation:
   """Converts messages to turns.
 
@@ -26,12 +32,14 @@ def join_turns(
 
   Args:
     messages: The messages.
+    media: Videos and images of the record.
     need_answer: True to require the last answer.
-    has_tags: Whether placeholders within sentences are errors. If a record marks the
-      video nowhere else, such a placeholder could be the video's.
+    has_tags: Whether placeholders within sentences may stand for videos; see
+      places.place_media.
 
   Raises:
-    ValueError: The messages do not alternate, or a text is empty or not plain.
+    ValueError: The messages do not alternate, a text is empty or not plain, or its
+      placeholders are not those of the media.
   """
   system, messages = _split_system(messages)
   first = 1 + bool(system)  # Number of the first turn after the system text.
@@ -43,26 +51,15 @@ def join_turns(
       )
   if not messages:
     raise ValueError("it has no question")
-  plain = [
-    _read_human(message, first + 2 * i) for i, message in enumerate(messages[::2])
-  ]
-  count = plain[0].removed
-  if plain[0].inline and has_tags and not count:
-    raise ValueError(
-      f"turn {first}: {plain[0].inline} is within a sentence: put it on a line of its "
-      "own, or remove it"
-    )
-  for i, text in enumerate(plain[1:], 1):
-    if text.removed or messages[2 * i].media:
-      raise ValueError(
-        f"turn {first + 2 * i} has a video, which models read before the first "
-        "question: move it to the first turn"
-      )
+  texts = [message.text for message in messages[::2]]
+  questions, video = places.place_media(texts, media, has_tags=has_tags, first=first)
+  for i, question in enumerate(questions):
+    if not question.replace(templates.MEDIA_MARK, "").strip():
+      raise ValueError(f"turn {first + 2 * i}: empty question")
   answers, loss = _read_answers(messages, need_answer=need_answer, first=first)
-  questions = [text.text for text in plain]
   if system:
     questions[0] = f"{system}\n\n{questions[0]}"
-  return Conversation(list(zip(questions, answers, strict=True)), loss, count)
+  return Conversation(list(zip(questions, answers, strict=True)), loss, video)
 
 
 def _split_system(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
@@ -93,14 +90,3 @@ def _read_answers(
   if need_answer and not any(loss):
     raise ValueError('"loss" excludes all answers')
   return answers, loss
-
-
-def _read_human(message: Message, number: int) -> placeholders.PlainText:
-  text = templates.check_plain_text(message.text)
-  try:
-    plain = placeholders.remove_placeholders(text)
-  except ValueError as error:
-    raise ValueError(f"turn {number}: {error}") from None
-  if not plain.text.strip():
-    raise ValueError(f"turn {number}: empty question")
-  return plain._replace(text=plain.text.strip())

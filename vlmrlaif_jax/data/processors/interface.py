@@ -12,8 +12,12 @@ video in a prompt, and gives each token a position. Families differ in these poi
 - Qwen2.5-VL, Qwen3-VL: see their files.
 
 A video is processed in this order: decoding by `make_reading`, `choose_grid`,
-`process`. `lay_out` returns its text, which
-becomes the token ids of the prompt, and its blocks, which become their positions.
+`process`, the vision tower, `arrange`. `lay_out` returns its text, which becomes the
+token ids of the prompt, and its blocks, which become their positions. A conversation
+may have several videos and images; `lay_out` returns those of all.
+
+The tower is compiled once for each size of frames. `fix_grids` limits the sizes of a
+run to a short list. Without it, each video has the exact size of its family.
 """
 
 import math
@@ -46,15 +50,23 @@ class Visual(NamedTuple):
 
   grid: Grid
   seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
-  rate: float = 0.0  # Frames per second: their number / the seconds of the video.
+  # Frames per second: their number / the seconds of the video; 0 for an image.
+  rate: float = 0.0
+  # Height and width of an image in pixels, before it is resized; () for a video.
+  size: tuple[int, ...] = ()
+
+  @property
+  def patch_frames(self) -> int:
+    """Number of frames of a temporal patch; 1 for an image."""
+    return max(-(-len(self.seconds) // self.grid.time), 1)
 
   def select(self, start: int, stop: int | None) -> "Visual":
     """Returns a range of temporal patches, which are frames in some families."""
-    grid, seconds, rate = self
-    each = -(-len(seconds) // grid.time)
+    grid, seconds = self.grid, self.seconds
+    each = self.patch_frames
     start, stop, _ = slice(start, stop).indices(grid.time)
     part = grid._replace(time=stop - start)
-    return Visual(part, seconds[start * each : stop * each], rate)
+    return self._replace(grid=part, seconds=seconds[start * each : stop * each])
 
 
 class ProcessedVideo(NamedTuple):
@@ -68,10 +80,10 @@ class ProcessedVideo(NamedTuple):
 
 
 class VideoTokens(NamedTuple):
-  """The tokens that stand for a video in a prompt; empty without a video."""
+  """The tokens that stand for videos and images in a prompt; empty without any."""
 
-  text: VideoText = []
-  blocks: Sequence[Block] = ()  # Positions of each run of placeholders.
+  texts: Sequence[VideoText] = ()  # Text of each video or image, in order.
+  blocks: Sequence[Block] = ()  # Positions of each run of placeholders of all texts.
   axes: int = 1  # Axes of positions, including those of text.
 
 
@@ -97,6 +109,31 @@ class Processor(Protocol):
     """The layout of all videos; None if each has its own."""
     ...
 
+  @property
+  def max_layout(self) -> Visual:
+    """The layout of a video with the most tokens."""
+    ...
+
+  def limit(self, fps: float, max_frames: int, max_pixels: int) -> "Processor":
+    """Returns the processor with other limits; 0 leaves one as it is.
+
+    Args:
+      fps: frames per second that are read.
+      max_frames: frames that are read of a video at most.
+      max_pixels: pixels of all frames of a video together at most, after resizing.
+
+    Raises:
+      ValueError: a limit is out of range, or the family does not have it.
+    """
+    ...
+
+  def fix_grids(self) -> "Processor":
+    """Returns the processor with a short list of sizes of frames.
+
+    The list depends on the settings only, so that it is the same in all processes.
+    """
+    ...
+
   def make_reading(self, decoder: str) -> Reading:
     """Returns the settings for reading videos with a decoder of video.DECODERS."""
     ...
@@ -108,7 +145,22 @@ class Processor(Protocol):
   def process(
     self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
   ) -> ProcessedVideo:
-    """Resizes frames to a grid, normalizes them and cuts them into patches."""
+    """Normalizes frames, as `make_reading` reads them, and cuts them into patches."""
+    ...
+
+  def arrange(
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
+  ) -> Float[np.ndarray, "..."]:
+    """Returns the features of a prompt from those of temporal patches.
+
+    Args:
+      features: features by the vision tower of each temporal patch, or of each frame or
+        crop in some families. They may be a range of those of a video.
+      visual: layout of the video, of the range, or of the image.
+
+    Returns:
+      The features of the placeholders; or those of frames, if the model pools them.
+    """
     ...
 
   def write_text(self, visual: Visual) -> VideoText:
@@ -128,31 +180,33 @@ def process_frames(
 ) -> tuple[ProcessedVideo, Visual]:
   """Returns the pixels of a video or an image, and its layout.
 
-  A single frame is an image, which has no times.
+  An image has no times. A video may have a single frame.
 
   Raises:
     ValueError: The frames have a size that the family does not support.
   """
-  count, height, width, _ = frames.pixels.shape
-  grid = processor.choose_grid(height, width, count if count > 1 else None)
+  count = len(frames.pixels)
+  is_image = count == 1 and not frames.rate
+  grid = processor.choose_grid(*frames.size, None if is_image else count)
   # Without errors of sums, which would change the decimals that a text has.
-  seconds = frames.seconds.round(6).tolist() if count > 1 else []
-  layout = processor.layout or Visual(grid, tuple(seconds))
+  seconds = () if is_image else tuple(frames.seconds.round(6).tolist())
+  size = frames.size if is_image else ()
+  layout = processor.layout or Visual(grid, seconds, frames.rate, size)
   return processor.process(frames.pixels, grid), layout
 
 
-def lay_out(processor: Processor, visual: Visual) -> VideoTokens:
-  """Returns the tokens that stand for an image or a video in a prompt."""
-  return VideoTokens(
-    processor.write_text(visual), processor.list_blocks(visual), processor.axes
-  )
+def lay_out(processor: Processor, *visuals: Visual) -> VideoTokens:
+  """Returns the tokens that stand for images and videos in a prompt, in order."""
+  texts = [processor.write_text(visual) for visual in visuals]
+  blocks = [block for visual in visuals for block in processor.list_blocks(visual)]
+  return VideoTokens(texts, blocks, processor.axes)
 
 
 def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
   """Replaces the height and width of a grid by the nearest of a few sizes.
 
-  The tower is compiled once for each size. The distance of two sizes is the sum of the
-  logarithms of the ratios of their heights and of their widths.
+  The distance of two sizes is the sum of the logarithms of the ratios of their heights
+  and of their widths.
 
   >>> fix_grid(Grid(4, 22, 40), [(24, 24), (18, 32), (32, 18)])
   Grid(time=4, height=18, width=32)
@@ -165,8 +219,8 @@ def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
 
 
 def count_features(video: VideoTokens) -> int:
-  """Returns the number of features of a video."""
-  return sum(part for part in video.text if isinstance(part, int))
+  """Returns the number of features of all videos and images."""
+  return sum(part for text in video.texts for part in text if isinstance(part, int))
 
 
 def make_positions(

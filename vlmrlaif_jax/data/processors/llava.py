@@ -7,7 +7,7 @@ its positions are those of text.
 import dataclasses
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from vlmrlaif_jax.data.decoding.sampling import ByCount
 from vlmrlaif_jax.data.decoding.squares import FILL
@@ -43,6 +43,29 @@ class LlavaProcessor:
     """The layout of all videos."""
     return Visual(self.choose_grid(self.image, self.image, self.frames))
 
+  @property
+  def max_layout(self) -> Visual:
+    """The layout of all videos."""
+    return self.layout
+
+  def limit(self, fps: float, max_frames: int, max_pixels: int) -> "LlavaProcessor":
+    """Returns the processor, whose videos have a fixed number of frames and a size.
+
+    Raises:
+      ValueError: a limit is not 0.
+    """
+    limits = {"fps": fps, "max_frames": max_frames, "max_pixels": max_pixels}
+    if wrong := [f"{name}={value}" for name, value in limits.items() if value]:
+      raise ValueError(
+        f"{', '.join(wrong)}: this model reads {self.frames} frames of each video in "
+        "one size. Set 0, and set frames to change their number."
+      )
+    return self
+
+  def fix_grids(self) -> "LlavaProcessor":
+    """Returns the processor, whose grids have one size."""
+    return self
+
   def make_reading(self, decoder: str) -> Reading:
     """Returns the settings for reading `frames` evenly spaced squares."""
     return Reading(
@@ -59,6 +82,12 @@ class LlavaProcessor:
   ) -> ProcessedVideo:
     """Returns frames unchanged: decoders resize them, and the tower normalizes them."""
     return ProcessedVideo(frames, grid)
+
+  def arrange(
+    self, features: Float[np.ndarray, "time tokens channels"], visual: Visual
+  ) -> Float[np.ndarray, "time tokens channels"]:
+    """Returns features unchanged, because the model pools them."""
+    return features
 
   def write_text(self, visual: Visual) -> VideoText:
     r"""Returns the text of a video.
@@ -82,7 +111,7 @@ def lay_out_features(count: int) -> VideoTokens:
   """Returns the tokens of a video of `count` features, and none for 0."""
   if not count:
     return NO_VIDEO
-  return VideoTokens([count, "\n"], [np.arange(count)[:, None]])
+  return VideoTokens([[count, "\n"]], [np.arange(count)[:, None]])
 
 
 def _count_tokens(grid: Grid) -> int:

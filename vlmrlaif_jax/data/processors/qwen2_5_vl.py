@@ -12,20 +12,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vlmrlaif_jax.data.processors.interface import (
-  Block,
-  Grid,
-  VideoText,
-  Visual,
-)
-from vlmrlaif_jax.data.processors.qwen3_vl import (
+from vlmrlaif_jax.data.processors.interface import Block, VideoText, Visual
+from vlmrlaif_jax.data.processors.sizes import FRAMES, fit_size
+from vlmrlaif_jax.data.processors.temporal_patches import (
   DEFAULT_RATE,
-  FRAMES,
   TemporalPatches,
-  fit_size,
   read_settings,
 )
-from vlmrlaif_jax.data.video import Reading
+
+_USED = 0.9  # Share of max_video_tokens that is used.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +63,6 @@ class Qwen25VLProcessor(TemporalPatches):
     speed = config["vision_config"]["tokens_per_second"]
     return cls(**settings, tokens_per_second=speed), problems
 
-  def make_reading(self, decoder: str) -> Reading:
-    """Returns the settings for reading frames by `sample_frames`, in their own size."""
-    return Reading(self, decoder=decoder)
-
   def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
     """Returns indices of frames from the first on, `fps` of each second.
 
@@ -88,26 +79,32 @@ class Qwen25VLProcessor(TemporalPatches):
     # In float32, as in transformers, which decides what is rounded down.
     return (np.arange(count) * (total / count)).astype(np.float32).astype(int)
 
-  def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
-    """Returns the grid of a video, or of an image if `frames` is None.
+  def fit_video(self, height: int, width: int, frames: int) -> tuple[int, int]:
+    """Returns the height and width to which a number of frames are resized."""
+    most = self._limit_frame(frames)
+    return fit_size(height, width, 1, self.multiple, self.min_pixels, most)
 
-    Args:
-      height: height of the frames in pixels, before they are resized.
-      width: width of the frames.
-      frames: number of frames.
+  def _limit_frame(self, frames: int) -> int:
+    """Returns the most pixels of each of a number of frames."""
+    if not self.max_video_tokens:
+      return self.max_pixels
+    total = int(self.max_video_tokens * self.multiple**2 * _USED)
+    return max(min(self.max_pixels, total * FRAMES // frames), self.least_frame)
 
-    Raises:
-      ValueError: A side is more than 200 times as long as the other.
-    """
-    multiple = self.patch * self.merge
-    least, most = self.min_pixels, self.max_pixels
-    if frames is None:
-      least, most = self.min_image_pixels, self.max_image_pixels
-    elif self.max_video_tokens:
-      total = int(self.max_video_tokens * multiple**2 * 0.9)
-      most = max(min(most, total * FRAMES // frames), int(least * 1.05))
-    size = fit_size(height, width, 1, multiple, least, most)
-    return Grid(-(-(frames or 1) // FRAMES), *(side // self.patch for side in size))
+  @property
+  def frame_limits(self) -> tuple[int, int]:
+    """The least and most pixels of a frame of a video with `max_frames` frames."""
+    return self.min_pixels, self._limit_frame(self.counted_frames)
+
+  @property
+  def least_frame(self) -> int:
+    """Pixels that each frame has in spite of `limit_pixels`."""
+    return int(self.min_pixels * 1.05)
+
+  def limit_pixels(self, max_pixels: int) -> "Qwen25VLProcessor":
+    """Returns the processor with a limit of the pixels of all frames of a video."""
+    tokens = int(max_pixels / FRAMES / self.multiple**2 / _USED)
+    return dataclasses.replace(self, max_video_tokens=tokens)
 
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.
@@ -128,6 +125,6 @@ class Qwen25VLProcessor(TemporalPatches):
     time, *sides = visual.grid
     cells = np.indices((time, *(side // self.merge for side in sides)), np.int32)
     if visual.rate:
-      step = np.float32(self.tokens_per_second * (FRAMES / visual.rate))
+      step = np.float32(self.tokens_per_second) * np.float32(FRAMES / visual.rate)
       cells[0] = np.floor(cells[0].astype(np.float32) * step)
     return [np.moveaxis(cells, 0, -1).reshape(-1, 3)]

@@ -5,104 +5,19 @@ patch before its placeholders. Positions have three axes: time, height and width
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
-from PIL import Image
+from jaxtyping import Int
 
-from vlmrlaif_jax.data.processors.interface import (
-  Block,
-  Grid,
-  ProcessedVideo,
-  VideoText,
-  Visual,
+from vlmrlaif_jax.data.processors.interface import Block, VideoText, Visual
+from vlmrlaif_jax.data.processors.sizes import FRAMES, fit_size
+from vlmrlaif_jax.data.processors.temporal_patches import (
+  DEFAULT_RATE,
+  TemporalPatches,
+  read_settings,
 )
-from vlmrlaif_jax.data.video import Reading
-
-FRAMES = 2  # Frames of a temporal patch.
-MAX_RATIO = 200  # Greatest ratio of the sides of an image.
-DEFAULT_RATE = 24.0  # Frames per second of a video whose file does not state it.
-
-# Settings and their names in the Hugging Face configs of an image or video processor.
-# min_pixels and max_pixels may also be size.shortest_edge and size.longest_edge.
-_SHARED = {"patch": "patch_size", "merge": "merge_size"}
-_CONFIGS = {
-  "image": {
-    "min_image_pixels": "min_pixels",
-    "max_image_pixels": "max_pixels",
-    **{name: name for name in ("image_mean", "image_std")},
-    **_SHARED,
-  },
-  "video": {
-    **{name: name for name in ("min_pixels", "max_pixels")},
-    **{name: name for name in ("fps", "min_frames", "max_frames")},
-    **{"mean": "image_mean", "std": "image_std"},
-    **_SHARED,
-  },
-}
-# Names with one supported value. 3 is bicubic.
-_FIXED = {
-  "temporal_patch_size": FRAMES,
-  "resample": 3,
-  **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
-}
-# Names that do not change what is processed here.
-_UNUSED = {
-  *("size", "cap_pixels_per_frame", "max_video_tokens", "do_sample_frames"),
-  *("processor_class", "image_processor_type", "video_processor_type"),
-  *("return_metadata", "rescale_factor", "data_format", "input_data_format"),
-  *("default_to_square", "device"),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TemporalPatches:
-  """Settings and methods that the processors of Qwen2.5-VL and Qwen3-VL share."""
-
-  patch: int  # Side of a patch, in pixels.
-  merge: int = 2  # Side of the squares of patches that become one token.
-  fps: float = 2.0  # Frames per second that are read.
-  min_frames: int = 4  # Frames that are read at least, if the video has them.
-  max_frames: int = 768  # Frames that are read at most.
-  # Pixels of a video or of its frames, after they are resized.
-  min_pixels: int
-  max_pixels: int
-  # Pixels of an image, after it is resized.
-  min_image_pixels: int
-  max_image_pixels: int
-  # Mean and standard deviation of pixels of videos, for red, green and blue.
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  image_mean: tuple[float, ...]  # Those of images.
-  image_std: tuple[float, ...]
-  axes: int = 3
-
-  @property
-  def resolution(self) -> str:
-    """Limits of pixels."""
-    return f"{self.min_pixels} to {self.max_pixels} pixels"
-
-  @property
-  def layout(self) -> None:
-    """None, because each video has its own layout."""
-
-  def process(
-    self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
-  ) -> ProcessedVideo:
-    """Resizes frames to a grid, normalizes them and cuts them into patches.
-
-    Args:
-      frames: frames of a video, or one image. The last one is repeated to fill the last
-        temporal patch.
-      grid: result of `choose_grid` or `fix_grid`.
-    """
-    is_image = len(frames) == 1
-    mean = self.image_mean if is_image else self.mean
-    std = self.image_std if is_image else self.std
-    return make_patches(frames, grid, self.patch, self.merge, mean, std)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,15 +55,6 @@ class Qwen3VLProcessor(TemporalPatches):
       settings["max_frame_tokens"] = video.get("max_video_tokens", 768)
     return cls(**settings), problems
 
-  @property
-  def multiple(self) -> int:
-    """Pixels that the sides of a resized frame are multiples of."""
-    return self.patch * self.merge
-
-  def make_reading(self, decoder: str) -> Reading:
-    """Returns the settings for reading frames by `sample_frames`, in their own size."""
-    return Reading(self, decoder=decoder)
-
   def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
     """Returns evenly spaced indices of frames, `fps` of each second.
 
@@ -160,31 +66,39 @@ class Qwen3VLProcessor(TemporalPatches):
     count = min(max(count, self.min_frames), self.max_frames, total)
     return np.linspace(0, total - 1, count).round().astype(int)
 
-  def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
-    """Returns the grid of a video, or of an image if `frames` is None.
-
-    Args:
-      height: height of the frames in pixels, before they are resized.
-      width: width of the frames.
-      frames: number of frames.
-
-    Raises:
-      ValueError: A side is more than 200 times as long as the other.
-    """
-    if frames is None:
-      limits = self.min_image_pixels, self.max_image_pixels
-      size = fit_size(height, width, 1, self.multiple, *limits)
-      return Grid(1, *(side // self.patch for side in size))
+  def fit_video(self, height: int, width: int, frames: int) -> tuple[int, int]:
+    """Returns the height and width to which a number of frames are resized."""
     frames = max(frames, FRAMES)
     # Frames smaller than one token are enlarged first, as in the published processor.
     scale = max(1, self.multiple / height, self.multiple / width)
     height, width = int(height * scale), int(width * scale)
     most = self.max_pixels
     if self.max_frame_tokens:
-      limit = min(self.max_frame_tokens * self.multiple**2, most // frames)
-      most = max(limit, int(self.min_pixels * 1.05)) * frames
-    size = fit_size(height, width, frames, self.multiple, self.min_pixels, most)
-    return Grid(-(-frames // FRAMES), *(side // self.patch for side in size))
+      most = self._limit_frame(frames) * frames
+    return fit_size(height, width, frames, self.multiple, self.min_pixels, most)
+
+  def _limit_frame(self, frames: int) -> int:
+    """Returns the most pixels of each of a number of frames."""
+    most = self.max_pixels // frames
+    if not self.max_frame_tokens:
+      return most
+    return max(min(self.max_frame_tokens * self.multiple**2, most), self.least_frame)
+
+  @property
+  def frame_limits(self) -> tuple[int, int]:
+    """The least and most pixels of a frame of a video with `max_frames` frames."""
+    most = self._limit_frame(self.counted_frames)
+    return min(self.min_pixels // FRAMES, most), most
+
+  @property
+  def least_frame(self) -> int:
+    """Pixels that each frame has in spite of `limit_pixels`."""
+    return int(self.min_pixels * 1.05) if self.max_frame_tokens else self.multiple**2
+
+  def limit_pixels(self, max_pixels: int) -> "Qwen3VLProcessor":
+    """Returns the processor with a limit of the pixels of all frames of a video."""
+    least = min(self.min_pixels, max_pixels)
+    return dataclasses.replace(self, min_pixels=least, max_pixels=max_pixels)
 
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.
@@ -219,131 +133,3 @@ def average_times(visual: Visual) -> list[float]:
   seconds = [*visual.seconds, *visual.seconds[-1:] * (len(visual.seconds) % FRAMES)]
   pairs = zip(seconds[::FRAMES], seconds[1::FRAMES], strict=True)
   return [(first + last) / 2 for first, last in pairs]
-
-
-def make_patches(
-  frames: UInt8[np.ndarray, "frames height width 3"],
-  grid: Grid,
-  patch: int,
-  merge: int,
-  mean: tuple[float, ...],
-  std: tuple[float, ...],
-) -> ProcessedVideo:
-  """Resizes frames to a grid, normalizes them and cuts them into patches.
-
-  Args:
-    frames: frames of a video, or one image. The last one is repeated to fill the last
-      temporal patch.
-    grid: patches along each axis.
-    patch: side of a patch, in pixels.
-    merge: see cut_temporal_patches.
-    mean: mean of red, green and blue, of pixels from 0 to 1.
-    std: standard deviation of red, green and blue.
-  """
-  size = grid.width * patch, grid.height * patch
-  bicubic = Image.Resampling.BICUBIC
-  resized = [np.asarray(Image.fromarray(x).resize(size, bicubic)) for x in frames]
-  resized += resized[-1:] * (grid.time * FRAMES - len(resized))
-  center, scale = (255 * np.array(x, np.float32) for x in (mean, std))
-  pixels = (np.stack(resized) - center) / scale
-  return ProcessedVideo(cut_temporal_patches(pixels, patch, merge), grid)
-
-
-def cut_temporal_patches(
-  frames: Float[np.ndarray, "frames height width 3"], patch: int, merge: int
-) -> Float[np.ndarray, "patches channels"]:
-  """Cuts pairs of frames into patches, so that merged patches are neighbors.
-
-  The channels are color, frame, row and column, as in the kernel of a convolution.
-
-  Args:
-    frames: frames whose sides are multiples of patch x merge.
-    patch: side of a patch, in pixels.
-    merge: side of the squares of patches that are merged.
-  """
-  count, height, width, _ = frames.shape
-  rows, columns = height // patch // merge, width // patch // merge
-  x = frames.reshape(
-    count // FRAMES, FRAMES, rows, merge, patch, columns, merge, patch, 3
-  )
-  x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-  return np.ascontiguousarray(x).reshape(-1, 3 * FRAMES * patch**2)
-
-
-def fit_size(
-  height: int, width: int, frames: int, multiple: int, least: int, most: int
-) -> tuple[int, int]:
-  """Returns the height and width to which frames are resized.
-
-  Args:
-    height: height in pixels.
-    width: width in pixels.
-    frames: number of frames; 1 for an image.
-    multiple: pixels that both results are multiples of.
-    least: pixels of all frames at least.
-    most: pixels of all frames at most.
-
-  Raises:
-    ValueError: A side is more than 200 times as long as the other.
-  """
-  if max(height, width) > MAX_RATIO * min(height, width):
-    raise ValueError(
-      f"frames of {height} x {width} pixels: a side may be at most {MAX_RATIO} times "
-      "as long as the other. Crop them."
-    )
-  sides = [round(side / multiple) * multiple for side in (height, width)]
-  # Frames fill temporal patches, but an image counts once.
-  counted = 1 if frames == 1 else round(frames / FRAMES) * FRAMES
-  pixels = counted * math.prod(sides)
-  if pixels > most:
-    scale = math.sqrt(frames * height * width / most)
-    fit = lambda side: max(multiple, math.floor(side / scale / multiple) * multiple)
-  elif pixels < least:
-    scale = math.sqrt(least / (frames * height * width))
-    fit = lambda side: math.ceil(side * scale / multiple) * multiple
-  else:
-    return sides[0], sides[1]
-  return fit(height), fit(width)
-
-
-def read_settings(
-  image: Mapping[str, Any], video: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-  """Reads the settings of a processor, and a line for each key that is not supported.
-
-  Settings that the configs do not name are left out.
-
-  Args:
-    image: the Hugging Face config of the image processor.
-    video: that of the video processor.
-  """
-  settings: dict[str, Any] = {}
-  problems = []
-  for kind, config in (("image", image), ("video", video)):
-    size = config.get("size") or {}
-    values = {
-      "min_pixels": size.get("shortest_edge"),
-      "max_pixels": size.get("longest_edge"),
-      **{name: value for name, value in config.items() if value is not None},
-    }
-    names = _CONFIGS[kind]
-    for setting, name in names.items():
-      if (value := values.get(name)) is None:
-        continue
-      if isinstance(value, list):
-        value = tuple(value)
-      elif name == "fps":
-        value = float(value)
-      if settings.setdefault(setting, value) != value:
-        problems.append(
-          f"{name} of the {kind} processor must be {settings[setting]}, as of the "
-          f"image processor, not {value}"
-        )
-    for name, value in values.items():
-      if name in _FIXED and value != _FIXED[name]:
-        problems.append(
-          f"{name} of the {kind} processor must be {_FIXED[name]}, not {value}"
-        )
-      elif name not in _UNUSED | _FIXED.keys() | set(names.values()) and value:
-        problems.append(f"{name}={value} of the {kind} processor is not supported")
-  return settings, problems

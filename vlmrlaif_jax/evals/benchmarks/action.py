@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.records import SkippedRecord, format_skipped_records
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
@@ -109,8 +110,8 @@ def _read_hmdb51(
 
 
 def _find_video(folder: str, action: str, name: str) -> str:
-  path = protocol.find_video(pathlib.Path(folder) / action, name)
-  return path if pathlib.Path(path).exists() else protocol.find_video(folder, name)
+  path = find_video(pathlib.Path(folder) / action, name)
+  return path if pathlib.Path(path).exists() else find_video(folder, name)
 
 
 def split_action_name(action: str) -> str:

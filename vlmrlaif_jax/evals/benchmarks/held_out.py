@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import UserError, check_choices
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import world_truth
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.benchmarks.protocol import (
@@ -114,7 +115,7 @@ def score_answer(
     tallies["reward"] = (reward, 1)
   details = {
     "kind": verdict.kind,
-    "question": example["question"],
+    "question": show_media(example["question"]),
     "text": reply.text,
     "stopped": reply.stopped,
     "correct": verdict.correct,

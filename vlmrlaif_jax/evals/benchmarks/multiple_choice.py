@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
@@ -137,7 +138,7 @@ def _make_item_fn(
       else str(number)
     )
     choice = read_choice(row, answers.get(id))
-    video = add_row_range(protocol.find_video(videos, *names), row)
+    video = add_row_range(find_video(videos, *names), row)
     if id in video_by_id:  # NExT-QA numbers the questions of each video.
       if video_by_id[id] == names[0]:
         raise ValueError(f"question_id {id} is there twice")

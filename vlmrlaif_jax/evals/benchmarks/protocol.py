@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import pathlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,19 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.records import Example, SkippedRecord
-from vlmrlaif_jax.data.video import VideoPath, format_video_name
+from vlmrlaif_jax.data.video import Media, format_video_name
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Similarity
 
-# Suffixes of videos, in the order of precedence, and of images, which are videos of one
-# frame.
-SUFFIXES = (
-  *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts"),
-  *(".mts", ".flv", ".wmv", ".3gp", ".ogv", ".vob", ".gif"),
-  *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
-)
 # Reasons for a missing score: the model gave no answer, the judge gave no reply, or the
 # reply has no readable score.
 FAULTS = ("unanswered", "unjudged", "unparsed")
@@ -49,7 +42,7 @@ class BenchmarkQuestion(NamedTuple):
   """A question about a video."""
 
   id: str  # Unique in the benchmark; the cached answer is stored under it.
-  video: VideoPath
+  video: Media
   text: str
   options: tuple[str, ...] = ()  # Options of a multiple choice.
 
@@ -100,7 +93,7 @@ class JudgeCase(NamedTuple):
   """A model's answers for a judge to rate, with the right answer."""
 
   id: str
-  video: VideoPath
+  video: Media
   prompt: str  # Complete prompt of the judge.
   answer: str  # The right answer.
   # One response, or one per question if several questions share a right answer.
@@ -209,71 +202,6 @@ def make_question(
 ) -> BenchmarkQuestion:
   """Returns a question about a video of the folder `config.videos`."""
   return BenchmarkQuestion(str(id), find_video(config.videos, video), str(text))
-
-
-def find_video(folder: str | os.PathLike, *names: str) -> str:
-  """Returns the path of a video by its name, whatever its suffix and its case.
-
-  Args:
-    folder: Folder of videos.
-    *names: Names that the file or the folder of frames may have, with or without a
-      suffix. The prefix "v_" of ActivityNet may be missing. Of a URL only the last part
-      counts.
-
-  Returns:
-    The existing path, or the folder and the first name if none exists.
-  """
-  root = pathlib.Path(folder)
-  names = tuple(
-    name.rpartition("/")[2].partition("?")[0] if "://" in name else name
-    for name in names
-  )
-  for name in names:
-    if (root / name).exists():
-      return str(root / name)
-  for name in names:
-    parent, last = (root / name).parent, (root / name).name
-    if parent.is_dir():
-      index = _index_folder(parent, parent.stat().st_mtime_ns)
-      for candidate in (last, f"v_{last}", last.removeprefix("v_")):
-        file = _choose_file(index, candidate)
-        if file:
-          return str(parent / file)
-  return str(root / names[0])
-
-
-@functools.lru_cache(maxsize=64)
-def _index_folder(folder: pathlib.Path, changed: int) -> dict[str, list[str]]:
-  """Returns the names in a folder by their stems in lower case.
-
-  `changed` is the time of the folder's last change, after which it is read again.
-  """
-  index: dict[str, list[str]] = {}
-  for name in sorted(os.listdir(folder)):
-    index.setdefault(_strip_suffix(name).lower(), []).append(name)
-  return index
-
-
-def _choose_file(index: Mapping[str, Sequence[str]], name: str) -> str | None:
-  """Returns the file with the stem of a name, None for none or for several stems."""
-  stem = _strip_suffix(name)
-  files = index.get(stem.lower(), ())
-  exact = [file for file in files if _strip_suffix(file) == stem]
-  stems = {_strip_suffix(file) for file in files}
-  if not exact and len(stems) != 1:  # Names of YouTube differ by case alone.
-    return None
-  suffix = name[len(stem) :].lower()
-  rank = lambda file: (
-    not file.lower().endswith(suffix),
-    [*SUFFIXES, ""].index(file[len(_strip_suffix(file)) :].lower()),
-  )
-  return min(exact or files, key=rank)
-
-
-def _strip_suffix(name: str) -> str:
-  """Returns a name without the suffix of a video or an image."""
-  stem, dot, suffix = name.rpartition(".")
-  return stem if dot + suffix.lower() in SUFFIXES and stem else name
 
 
 def find_answers_file(questions: pathlib.Path) -> pathlib.Path | None:

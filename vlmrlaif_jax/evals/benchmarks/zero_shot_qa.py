@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.formats.video_files import find_video
 from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem, BenchmarkQuestion
@@ -78,7 +79,7 @@ def load(
     )
     names += tuple(published[name] for name in names if name in published)
     text = get_text(row, QUESTION_KEYS)
-    video = protocol.find_video(config.videos, *names)
+    video = find_video(config.videos, *names)
     seen.add(id)
     return BenchmarkItem(BenchmarkQuestion(id, video, text), answer)
 

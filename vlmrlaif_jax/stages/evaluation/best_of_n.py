@@ -64,14 +64,22 @@ def load_or_sample_candidates(
     count=len(queries),
     batch=answering.BATCHES * sampling.batch,
     fingerprint=resumable.compute_fingerprint(
-      both, sampling.cache_key(), beta, run.config.seed, run.template, facts
+      both,
+      sampling.cache_key(),
+      beta,
+      run.config.seed,
+      run.template,
+      run.stops,
+      facts,
     ),
   )
 
 
 def _make_reply_scorer(run: Run, variables: Params, reference: Params, beta: float):
   """Returns a function from queries and replies to (mean, total) rewards by query."""
-  logps_fn = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
+  logps_fn = scoring.make_answer_logps(
+    run.policy, run.config.data.prompt_len, run.stops
+  )
 
   def score(batch: Batch):
     whole = [logps_fn(each, batch)[0] for each in (variables, reference)]

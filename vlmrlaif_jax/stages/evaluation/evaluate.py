@@ -270,15 +270,7 @@ def measure_benchmark(
   """
   run, name, config = encoded.run, benchmark.name, encoded.run.config.evaluate
   files = prepare_files(run, benchmark, folder)
-  skipped: list[SkippedRecord] = []
-  items = run.splits.benchmark
-  if benchmark.load:
-    items = benchmark.load(files, skipped)
-  if skipped:
-    total = len(items) + len(skipped)
-    encoded.log.print_note(
-      f"eval: {name}: {format_skipped_records(skipped, total=total)}"
-    )
+  items, skipped = _load_items(encoded, benchmark, files)
   counts = files.best_of if name == HELD_OUT else ()
   answering_policies = make_benchmark_policies(encoded, policies, folder / name, counts)
   rows = {}
@@ -318,6 +310,20 @@ def measure_benchmark(
   result = results.make_benchmark_result(scores, resampling)
   problems = [p for each in answering_policies.values() for p in each.problems]
   return result, results.explain_no_answers(name, scores, problems)
+
+
+def _load_items(
+  encoded: EncodedRun, benchmark: Benchmark, files: ConfigDict
+) -> tuple[Any, list[SkippedRecord]]:
+  """Returns the items of a benchmark and the skipped records, which are logged."""
+  skipped: list[SkippedRecord] = []
+  if not benchmark.load:
+    return encoded.run.splits.benchmark, skipped
+  items = benchmark.load(files, skipped)
+  if skipped:
+    lines = format_skipped_records(skipped, total=len(items) + len(skipped))
+    encoded.log.print_note(f"eval: {benchmark.name}: {lines}")
+  return items, skipped
 
 
 # Files and recipes.

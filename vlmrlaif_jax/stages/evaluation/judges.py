@@ -21,6 +21,7 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, records
 from vlmrlaif_jax.data.formats.row_files import read_file_rows
 from vlmrlaif_jax.data.records import PreferenceExample
+from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.summary import POINTS, format_row
@@ -146,6 +147,7 @@ def _make_pair_rows(
   keys = ("id", "question", "output_1", "output_2", "preference")
   return [
     {"set": name, **{key: value for key, value in pair.items() if key in keys}}
+    | {"question": show_media(pair["question"])}
     | {"judges": {judge: rows[i] for judge, rows in verdicts.items()}}
     for i, (name, pair) in enumerate(pairs)
   ]

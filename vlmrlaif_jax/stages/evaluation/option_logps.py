@@ -95,6 +95,8 @@ def compute_option_logps(
   """
   if not texts:
     return np.zeros(0, np.float32)
-  logps_fn = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
+  logps_fn = scoring.make_answer_logps(
+    run.policy, run.config.data.prompt_len, run.stops
+  )
   score = lambda batch: logps_fn(variables, batch)[1]
   return scoring.score_in_batches(run, score, examples, texts, batch_size)

@@ -8,9 +8,9 @@ from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features, tokenization
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import SkippedRecord
-from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.data.video import Media
 from vlmrlaif_jax.evals.benchmarks import world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   BenchmarkModel,
@@ -50,7 +50,7 @@ class EncodedRun:
     self.run, self.log, self.reward = run._replace(config=config), log, reward
     self.done = 0
 
-  def encode(self, videos: Sequence[VideoPath]) -> None:
+  def encode(self, videos: Sequence[Media]) -> None:
     """Encodes videos without features. Unreadable videos are added to the failures."""
     self.run = video.encode_videos(self.run, videos, self.log.print_note)
 
@@ -160,8 +160,10 @@ class Policy:
     self.encoded.encode([q.video for q in questions])
     store = self.encoded.run.features
     unreadable = [q for q in questions if not store.has(q.video)]
-    get_reason = lambda q: store.failures[features.format_video_name(q.video)]
-    self.problems += [SkippedRecord(q.id, get_reason(q)) for q in unreadable]
+    reasons = [store.get_failure(q.video) for q in unreadable]
+    self.problems += [
+      SkippedRecord(q.id, reason) for q, reason in zip(unreadable, reasons, strict=True)
+    ]
     return [q for q in questions if store.has(q.video)]
 
   def _get_sampling(

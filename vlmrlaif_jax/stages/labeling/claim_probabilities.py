@@ -100,10 +100,11 @@ def pack_queries(
 ) -> list[PackedQuestions]:
   """Packs queries into rows by video, in order.
 
+  Queries share a row if they are equal up to the last feature of their videos.
   Queries that are too long are left out.
   """
   rows: list[PackedQuestions] = []
-  open_rows: dict[str, PackedQuestions] = {}
+  open_rows: dict[tuple[str, tuple[int, ...]], PackedQuestions] = {}
   for number, query in enumerate(queries):
     turns = [*query.history, (query.prompt, None)]
     video = run.lay_out_video(query.video)
@@ -111,7 +112,7 @@ def pack_queries(
     shared_len = len(ids) - ids[::-1].index(VIDEO_TOKEN)
     if len(ids) > length:
       continue
-    name = features.format_video_name(query.video)
+    name = features.format_video_name(query.video), tuple(ids[:shared_len])
     row = open_rows.get(name)
     if row is None or len(row.ids) + len(ids) - shared_len > length:
       shared = positions[:shared_len].tolist()

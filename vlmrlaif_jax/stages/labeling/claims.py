@@ -31,6 +31,7 @@ from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.data.world.statements import split_statements
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import claims, endpoint
@@ -44,7 +45,11 @@ from vlmrlaif_jax.runtime import (
 from vlmrlaif_jax.runtime.answering import SamplingSettings
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
-from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
+from vlmrlaif_jax.stages.labeling import (
+  claim_probabilities,
+  pairwise,
+  preference_rows,
+)
 from vlmrlaif_jax.stages.stage import Stage
 
 # Division of answers: "rules" of the embedded world; "whole", one claim per answer, for
@@ -218,7 +223,7 @@ def make_claim_rows(
     {
       "id": example["id"],
       "video": video.get_report_path(policy.run, example),
-      "question": example["question"],
+      "question": show_media(example["question"]),
       "answers": texts,
       "stopped": [reply.stopped for reply in samples],
       "outcomes": [result.outcome for result in results],
@@ -283,7 +288,7 @@ def make_claim_preference(
     f"Output {place}: {_format_verdicts(row, i)}"
     for place, i in enumerate(pair, start=1)
   )
-  return pairwise.make_preference(
+  return preference_rows.make_preference(
     example,
     {
       "id": f"{row['id']}:{chosen}-{rejected}",

@@ -11,7 +11,6 @@ in its prompt, it then judges which of its answers is better. The stage writes:
 import collections
 import functools
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +30,7 @@ from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params, Phase
+from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge
@@ -41,6 +41,10 @@ from vlmrlaif_jax.runtime.answering import SamplingSettings, VideoReply
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video import get_report_path
 from vlmrlaif_jax.runtime.workloads import Workload
+from vlmrlaif_jax.stages.labeling.preference_rows import (
+  is_agreeing_with_truth,
+  make_preference,
+)
 from vlmrlaif_jax.stages.stage import Stage
 
 LABEL_JUDGES = ("self", "truth")
@@ -89,10 +93,13 @@ def run_label_stage(
     The content of rates.json; see compute_label_rates.
 
   Raises:
-    UserError: A block contains other prompts, or the ground truth is unknown.
+    UserError: A block contains other prompts, the ground truth is unknown, or a prompt
+      for captions is too long.
   """
   variables = role_params.load_judge(run, "sft")
   prompts = run.splits.prompts
+  if run.config.label.judge != "truth":
+    captioning.check_clips(run, prompts, run.config.label.context)
   log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
   rows: list[JsonRow] = []
   phases = PhaseTimer()
@@ -227,7 +234,7 @@ def _make_row(
   return {
     "id": example["id"],
     "video": get_report_path(run, example),
-    "question": example["question"],
+    "question": templates.show_media(example["question"]),
     "outcome": outcome.name,
     "preference": outcome.preference,
     "outputs": [reply.text for reply in answers],
@@ -246,56 +253,6 @@ def _format_verdicts(row: JsonRow) -> str:
   """Formats the verdicts for both orders, "" for the judge "truth"."""
   orders = zip(("1, 2", "2, 1"), row["verdicts"], strict=False)
   return "\n".join(f"Asked as ({order}): {text}" for order, text in orders)
-
-
-def make_preference(
-  example: Example, row: JsonRow, videos: pathlib.Path, *, judge_text: str
-) -> JsonRow:
-  """Returns a pair in the format of records.read_preferences and of the report.
-
-  Args:
-    example: Example of the prompt.
-    row: Row of the prompt; see label_block.
-    videos: Folder. Paths of videos in it are written relative to it, so that a workdir
-      can be moved.
-    judge_text: Response of the judge.
-  """
-  video, outputs = example["video"], row["outputs"]
-  make_turn = lambda role, text: {"from": role, "value": text}
-  shorten = lambda path: (
-    os.path.relpath(path, videos) if pathlib.Path(path).is_relative_to(videos) else path
-  )
-  place = {"video": shorten(video)} if isinstance(video, str) else {}
-  return {
-    "id": row["id"],
-    **(place or {"images": [shorten(path) for path in video]}),
-    "src_data": example["source"],
-    "conversations": [
-      make_turn("human", f"<image>\n{example['question']}"),
-      make_turn("gpt", outputs[row["preference"] - 1]),
-    ],
-    "question": example["question"],
-    "output_1": make_turn("gpt", outputs[0]),
-    "output_2": make_turn("gpt", outputs[1]),
-    "preference": row["preference"],
-    "judge": judge_text,
-    "judge_text": judge_text,
-    "narrative": row["narrative"],
-    "agrees_with_truth": is_agreeing_with_truth(row),
-    "flags": {"stopped": row["stopped"]},
-    **({"truth": example["truth"]} if "truth" in example else {}),
-  }
-
-
-def is_agreeing_with_truth(row: Mapping[str, Any]) -> bool | None:
-  """Returns whether the preferred answer has fewer mistakes.
-
-  None if no answer is preferred, both have equally many, or the truth is unknown.
-  """
-  first, second = row["mistakes"]
-  if row["preference"] is None or first is None or first == second:
-    return None
-  return (first < second) == (row["preference"] == 1)
 
 
 def compute_label_rates(rows: Sequence[JsonRow]) -> dict[str, Any]:
@@ -371,12 +328,13 @@ def workload(run: Run, stage: str) -> Workload:
     config.caption_prompt_len, config.caption_max_new, config.batch
   )
   judge = SamplingSettings(config.judge_prompt_len, config.judge_max_new, config.batch)
-  clips = -(-model.frames // model.clip_frames)
+  clips = len(captioning.split_layout(run, run.processor.max_layout))
+  frames = model.clip_frames if run.processor.layout else 0
   tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
   functions = [
     workloads.make_encode_function(run, config.batch),
     make_function("answers", answers, runs=1.0),
-    make_function("captions", captions, runs=float(clips), frames=model.clip_frames),
+    make_function("captions", captions, runs=float(clips), frames=frames),
     make_function("judge", judge, runs=2.0),
   ]
   return Workload(functions, 0, config.batch, tokens)

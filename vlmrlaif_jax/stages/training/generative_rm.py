@@ -20,6 +20,7 @@ from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.feedback.generative_rm import (
   JUDGE_STYLES,
   JudgeStyle,
+  join_history,
   make_demonstrations,
   make_judge_examples,
 )
@@ -133,7 +134,7 @@ def make_prompted_judge(ask: AskFn, style: JudgeStyle) -> PreferenceJudge:
       JudgeQuery(
         f"judge:{p['id']}",
         p["video"],
-        style.prompt.format(question=p["question"], a=p["output_1"], b=p["output_2"]),
+        style.prompt.format(question=join_history(p), a=p["output_1"], b=p["output_2"]),
       )
       for p in pairs
     ]

@@ -18,6 +18,7 @@ from vlmrlaif_jax.core.errors import (
 )
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import endpoint, generative_rm, rankers, rewards
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn
@@ -120,8 +121,8 @@ def make_oracle(
   compare = _CallRecorder(_make_compare_fn(run, config, examples, calls))
   decode = functools.partial(tokenization.decode_responses, run.tokenizer)
   # Ranks include truncated responses.
-  eos = run.eos if config.kind in SCORE_KINDS else None
-  score = rankers.make_score_fn(compare, examples, decode, eos=eos)
+  stops = run.stops if config.kind in SCORE_KINDS else ()
+  score = rankers.make_score_fn(compare, examples, decode, stops=stops)
   compute_metrics = TRANSCRIPT_METRICS.get(config.kind, lambda last: {})
   list_replies = functools.partial(_format_replies, calls)
   get_metrics = lambda: compute_metrics(compare.result) | get_server_metrics()
@@ -150,7 +151,8 @@ def _format_replies(calls: _CallRecorder, example: Example) -> list[str]:
     if query.id.endswith(f":{example['id']}"):
       start = max(query.prompt.find(example["question"]), 0)
       verdict = "(nothing)" if reply is None else reply[:MAX_TRANSCRIPT_CHARS]
-      lines.append(f"{query.prompt[start:][:MAX_TRANSCRIPT_CHARS]} → {verdict}")
+      prompt = show_media(query.prompt[start:])[:MAX_TRANSCRIPT_CHARS]
+      lines.append(f"{prompt} → {verdict}")
   return lines[:MAX_TRANSCRIPT_REPLIES]
 
 
@@ -188,7 +190,9 @@ def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
     np.asarray(info["has_stop"]),
     **rules,
   )
-  score = rewards.make_reward_fn(run.reward_model, suffix=suffix, eos=run.eos, **rules)
+  score = rewards.make_reward_fn(
+    run.reward_model, suffix=suffix, stops=run.stops, **rules
+  )
   return Oracle(score, terms=terms)
 
 

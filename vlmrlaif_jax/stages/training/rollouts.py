@@ -12,6 +12,7 @@ from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run
@@ -83,7 +84,7 @@ def make_sample_rows(
       "id": example["id"],
       "video": video.get_report_path(run, example),
       "kind": (example.get("truth") or {}).get("kind"),
-      "prompt": example["question"],
+      "prompt": show_media(example["question"]),
       "response": sampled.texts[i],
       "score": float(info["scores"][i]),
       "terms": {name: float(x[i]) for name, x in parts.items()} if valid else {},
