@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-TEXT_LEN = 256  # Tokens of a prompt besides the video.
+TEXT_LEN = 256  # Tokens of a prompt without the video.
 LLAVA_LEN = 768  # data.prompt_len of the preset "7b", which is replaced.
 # Pixels of a frame after resizing: 128 tokens of 28 x 28 pixels, as Video-R1
 # (2503.21776) trains. ms-swift's examples for Qwen2.5-VL have 224 x 224.

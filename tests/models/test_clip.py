@@ -11,7 +11,7 @@ import transformers
 from tools.pretraining import convert_clip
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.huggingface.convert import convert_from_hf
-from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.models import clip, clip_text
 
 # Text towers of the published models, and a small one.
 TEXT_VARIANTS = {
@@ -29,7 +29,7 @@ MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
 def build(activation):
   return convert_clip.CLIP(
     clip.VisionTower(**VISION, activation=activation),
-    clip.TextTower(**TEXT, activation=activation),
+    clip_text.TextTower(**TEXT, activation=activation),
     features=24,
   )
 
@@ -128,7 +128,7 @@ def test_images_of_another_size_are_refused():
 def test_captions_longer_than_the_context_are_refused():
   tokens = jnp.zeros((1, 17), int)
   with pytest.raises(ValueError, match="at most 16 tokens, not 17"):
-    clip.TextTower(**TEXT).init(jax.random.key(0), tokens, tokens == 0)
+    clip_text.TextTower(**TEXT).init(jax.random.key(0), tokens, tokens == 0)
 
 
 def test_normalise_equals_the_image_processor():
@@ -143,7 +143,7 @@ def test_normalise_equals_the_image_processor():
 def test_every_parameter_has_a_sharding_rule_and_a_name(variant):
   model = convert_clip.CLIP(
     clip.VisionTower(**clip.VARIANTS[variant]),
-    clip.TextTower(**TEXT_VARIANTS[variant]),
+    clip_text.TextTower(**TEXT_VARIANTS[variant]),
     features=32,
   )
   shapes = shapes_of(model)["params"]

@@ -278,7 +278,7 @@ def test_workdir_without_a_run_is_named(tmp_path):
 
 def test_added_token_leaves_the_others_as_they_are(variables):
   config = {"image_token_index": 514, "text_config": {"vocab_size": 512}}
-  params, wide = convert.add_image_token(variables["params"], config)
+  params, wide = export.add_image_token(variables["params"], config)
   llm, old = params["llm"], variables["params"]["llm"]
   assert wide["text_config"]["vocab_size"] == 515
   rows, head = llm["embed"]["embedding"], llm["lm_head"]["kernel"]

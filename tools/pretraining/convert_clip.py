@@ -12,13 +12,13 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import convert, published_names
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf
-from vlmrlaif_jax.models import clip, layers
+from vlmrlaif_jax.models import clip, clip_text, layers
 from vlmrlaif_jax.models.layers import Dense
 
 # Source of each parameter in a Hugging Face checkpoint; see clip.HF_VISION.
 HF = {
   **{f"vision/{k}": (f"vision_model.{n}", op) for k, (n, op) in clip.HF_VISION.items()},
-  **clip.HF_TEXT,
+  **clip_text.HF_TEXT,
   "visual_projection/kernel": ("visual_projection.weight", "T"),
   "logit_scale": ("logit_scale", ""),
 }
@@ -28,7 +28,7 @@ class CLIP(nn.Module):
   """Both towers, and their projections into a shared space."""
 
   vision: clip.VisionTower
-  text: clip.TextTower
+  text: clip_text.TextTower
   features: int  # Width of the shared space.
 
   def setup(self):
@@ -81,7 +81,7 @@ def load(folder: str | Path) -> tuple[CLIP, Params, HfConfig]:
   take = layers.read_fields
   model = CLIP(
     clip.VisionTower(**take(clip.CONFIG, config["vision_config"])),
-    clip.TextTower(**take(clip.TEXT_CONFIG, config["text_config"])),
+    clip_text.TextTower(**take(clip_text.TEXT_CONFIG, config["text_config"])),
     config["projection_dim"],
   )
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
@@ -103,7 +103,7 @@ def make_config(model: CLIP, *, end: int) -> HfConfig:
     "model_type": "clip",
     "projection_dim": model.features,
     "text_config": {
-      **layers.write_fields(clip.TEXT_CONFIG, model.text),
+      **layers.write_fields(clip_text.TEXT_CONFIG, model.text),
       "model_type": "clip_text_model",
       "eos_token_id": end,
     },

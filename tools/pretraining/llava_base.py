@@ -16,7 +16,7 @@ from vlmrlaif_jax.data import tokenization, video
 from vlmrlaif_jax.data.processors.llava import count_pooled_tokens, lay_out_features
 from vlmrlaif_jax.data.world import scene
 from vlmrlaif_jax.huggingface import convert
-from vlmrlaif_jax.models import clip, projector, vlm
+from vlmrlaif_jax.models import clip, clip_text, projector, vlm
 from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.runtime import run as run_lib
 
@@ -57,7 +57,7 @@ def make_models(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, convert_clip.C
   model = vlm.VLM(
     tower, projector.Projector(config.llm.embed), llama.Model(vocab=vocab, **config.llm)
   )
-  words = clip.TextTower(vocab=vocab, **config.text)
+  words = clip_text.TextTower(vocab=vocab, **config.text)
   return model, convert_clip.CLIP(tower, words, config.features)
 
 

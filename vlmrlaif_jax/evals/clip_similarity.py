@@ -20,7 +20,7 @@ from vlmrlaif_jax.huggingface import (
   param_mapping,
   published_names,
 )
-from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.models import clip_text
 from vlmrlaif_jax.models.layers import read_fields
 
 CLIP_SOURCE = (
@@ -43,7 +43,7 @@ def check_clip_folder(folder: str) -> None:
     )
 
 
-def load_text_encoder(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
+def load_text_encoder(folder: str | Path) -> tuple[clip_text.TextEncoder, Params]:
   """Loads the text tower of a CLIPModel or CLIPTextModelWithProjection folder.
 
   Raises:
@@ -62,13 +62,15 @@ def load_text_encoder(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
     raise ValueError(
       f"{folder} must contain a clip or a clip_text_model, got {kind!r}: {CLIP_SOURCE}"
     )
-  tower = clip.TextTower(**read_fields(clip.TEXT_CONFIG, config))
-  model = clip.TextEncoder(tower, features)
+  tower = clip_text.TextTower(**read_fields(clip_text.TEXT_CONFIG, config))
+  model = clip_text.TextEncoder(tower, features)
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens == 0)
   tensors, _ = published_names.open_tensors(folder, rename=lambda name: name)
   tensors = {name: x for name, x in tensors.items() if not _OTHERS.match(name)}
-  return model, param_mapping.convert_from_hf(clip.HF_TEXT, tensors, shapes["params"])
+  return model, param_mapping.convert_from_hf(
+    clip_text.HF_TEXT, tensors, shapes["params"]
+  )
 
 
 def make_clip_similarity(

@@ -356,7 +356,7 @@ def join_configs(
   values = {
     "text_config": text,
     "vision_config": vision,
-    # The first id after the vocabulary; see convert.add_image_token.
+    # The first id after the vocabulary; see export.add_image_token.
     "image_token_index": text["vocab_size"],
     "image_seq_length": side**2,
     "vision_feature_layer": layer,

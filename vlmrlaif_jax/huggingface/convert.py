@@ -380,26 +380,6 @@ def save_llava(
   save_tensors(Path(folder), table, params, rest, dtype)
 
 
-def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]:
-  """Extends the vocabulary to the id that marks an image in transformers.
-
-  The original LLaVA has no such id. The new rows are copies of id 0, <unk>, so an added
-  token is never more likely than <unk>.
-  """
-  text = config["text_config"]
-  more = config["image_token_index"] + 1 - text["vocab_size"]
-  if more <= 0:
-    return params, config
-  llm = params["llm"]
-  rows = llm["embed"]["embedding"]
-  wide = {**llm, "embed": {"embedding": jnp.concatenate([rows, *[rows[:1]] * more])}}
-  if "lm_head" in llm:  # Otherwise, the embedding is the output matrix.
-    head = llm["lm_head"]["kernel"]
-    wide["lm_head"] = {"kernel": jnp.concatenate([head, *[head[:, :1]] * more], axis=1)}
-  text = {**text, "vocab_size": text["vocab_size"] + more}
-  return {**params, "llm": wide}, {**config, "text_config": text}
-
-
 def save_tensors(
   folder: Path, table: NameTable, params: Params, config: HfConfig, dtype: str
 ) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer, TowerShape
 from vlmrlaif_jax.models.ops.attention import attend
@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Names of the fields of towers in a Hugging Face config.json.
-_CONFIG = {
+TOWER_CONFIG = {
   "embed": "hidden_size",
   "mlp": "intermediate_size",
   "layers": "num_hidden_layers",
@@ -32,12 +32,7 @@ _CONFIG = {
   "activation": "hidden_act",
   "eps": "layer_norm_eps",
 }
-CONFIG = {"image": "image_size", "patch": "patch_size", **_CONFIG}
-TEXT_CONFIG = {
-  "vocab": "vocab_size",
-  "context": "max_position_embeddings",
-  **_CONFIG,
-}
+CONFIG = {"image": "image_size", "patch": "patch_size", **TOWER_CONFIG}
 
 # Shardings of parameters over the mesh: the first pattern that matches applies.
 SHARDING = (
@@ -51,7 +46,7 @@ SHARDING = (
   (r"class_embedding|position_embedding|logit_scale", P()),
 )
 
-_BLOCKS = {
+BLOCKS_HF = {
   f"blocks/{module}/{leaf}": (f"encoder.layers.{{}}.{source}.{name}", op)
   for module, source, matrix in (
     ("norm1", "layer_norm1", "scale"),
@@ -77,22 +72,10 @@ HF_VISION = {
   "position_embedding": ("embeddings.position_embedding.weight", ""),
   "pre_norm/scale": ("pre_layrnorm.weight", ""),
   "pre_norm/bias": ("pre_layrnorm.bias", ""),
-  **_BLOCKS,
+  **BLOCKS_HF,
   "post_norm/scale": ("post_layernorm.weight", ""),
   "post_norm/bias": ("post_layernorm.bias", ""),
 }
-_HF_TEXT_TOWER = {
-  "token_embedding/embedding": ("embeddings.token_embedding.weight", ""),
-  "position_embedding": ("embeddings.position_embedding.weight", ""),
-  **_BLOCKS,
-  "final_norm/scale": ("final_layer_norm.weight", ""),
-  "final_norm/bias": ("final_layer_norm.bias", ""),
-}
-HF_TEXT = {
-  **{f"text/{k}": (f"text_model.{n}", op) for k, (n, op) in _HF_TEXT_TOWER.items()},
-  "text_projection/kernel": ("text_projection.weight", "T"),
-}
-
 # Mean and standard deviation of CLIP's training pixels, for red, green and blue.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -381,50 +364,3 @@ class VisionTower(Tower, kw_only=True):
 
 
 Model = VisionTower
-
-
-class TextTower(Tower, kw_only=True):
-  """A text tower that returns the hidden state of a caption's end token."""
-
-  vocab: int  # Rows of the embedding matrix.
-  context: int  # Maximum length of a caption, in tokens.
-
-  @nn.compact
-  def __call__(
-    self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
-  ) -> Float[Array, "batch embed"]:
-    """Computes the hidden state of the end token, which has the highest id."""
-    init = nn.initializers.normal(0.02)
-    time = tokens.shape[1]
-    if time > self.context:
-      raise ValueError(f"captions must have at most {self.context} tokens, not {time}")
-    positions = self.param(
-      "position_embedding", init, (self.context, self.embed), self.param_dtype
-    )
-    x = nn.Embed(
-      self.vocab, self.embed, embedding_init=init, name="token_embedding", **self.types
-    )(tokens)
-    x = x + positions[:time].astype(x.dtype)
-    attention = jnp.tri(time, dtype=bool) & mask[:, None, :]
-    x = run_blocks(self.block("blocks"), x, self.layers, attention)
-    end = jnp.argmax(tokens, axis=1)
-    last = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-    return layer_norm(self.eps, name="final_norm", **self.types)(last)
-
-
-class TextEncoder(Layer):
-  """A text encoder that returns unit vectors.
-
-  It is CLIPTextModelWithProjection of transformers, scaled to unit length.
-  """
-
-  text: TextTower
-  features: int  # Dimensions of the vectors.
-
-  @nn.compact
-  def __call__(
-    self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
-  ) -> Float[Array, "batch features"]:
-    project = Dense(self.features, name="text_projection", **self.types)
-    x = project(self.text(tokens, mask)).astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

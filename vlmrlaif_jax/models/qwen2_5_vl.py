@@ -32,7 +32,7 @@ from vlmrlaif_jax.models.layers import (
   read_fields,
 )
 from vlmrlaif_jax.models.ops.attention import attend
-from vlmrlaif_jax.models.patch_grids import (
+from vlmrlaif_jax.models.ops.patch_grids import (
   axial_angles,
   join_states,
   name_parts,

@@ -32,7 +32,7 @@ def key_spec(mesh: Mesh) -> jax.ShapeDtypeStruct:
   return scalar_spec(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
-def count_places(run: Run) -> int:
+def get_video_length(run: Run) -> int:
   """Returns the frames of a video, or its features if videos have different numbers."""
   return run.features.length or run.config.model.frames
 
@@ -44,9 +44,9 @@ def batch_specs(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
     run: the run whose mesh and vision tower apply.
     rows: rows of the batch.
     time: tokens of a row.
-    frames: places of a video; 0 for those of count_places.
+    frames: places of a video; 0 for those of get_video_length.
   """
-  shape = (rows, frames or count_places(run), *run.policy.vision.feature_shape)
+  shape = (rows, frames or get_video_length(run), *run.policy.vision.feature_shape)
   video = jax.ShapeDtypeStruct(shape, jnp.float16)
   columns = _token_specs(run, rows, time)
   return row_specs(jax.eval_shape(Batch, video, *columns), run.mesh)

@@ -83,7 +83,7 @@ def make_model_pass(
     rows,
     time,
     logits=with_logits,
-    frames=specs.count_places(run),
+    frames=specs.get_video_length(run),
     parts=config.microbatches if phase == "train" else 1,
     chunk=config.chunk if with_logits and "chunk" in config else time,
     start=start,
@@ -101,10 +101,10 @@ def make_sampling_passes(
     prompts: prompts on the devices.
     sampling: lengths and responses per prompt.
     slots: responses that are decoded concurrently; 0 for all.
-    frames: places of a video; 0 for those of specs.count_places.
+    frames: places of a video; 0 for those of specs.get_video_length.
   """
   rows, time = prompts * sampling.samples, sampling.prompt_len + sampling.max_new
-  frames = frames or specs.count_places(run)
+  frames = frames or specs.get_video_length(run)
   parts = rows / slots if 0 < slots < rows else 1
   role = ("policy", run.policy)
   return [
@@ -116,7 +116,7 @@ def make_sampling_passes(
 def make_reward_pass(run: Run, rows: int, time: int) -> ModelPass:
   """Returns the reward model's pass over rows that end with the reward prompt."""
   time += len(scoring.encode_reward_prompt(run))
-  frames = specs.count_places(run)
+  frames = specs.get_video_length(run)
   return ModelPass(
     "forward", "reward", run.reward_model, rows, time, logits=False, frames=frames
   )
@@ -236,7 +236,7 @@ def make_answer_function(
     name: name of the function in the plan.
     sampling: settings of sampling; its batch is decoded concurrently.
     runs: batches per step.
-    frames: places of a video; 0 for those of specs.count_places.
+    frames: places of a video; 0 for those of specs.get_video_length.
     batches: batches of prompts on the devices; all but one wait.
   """
   rows, slots = batches * sampling.batch, sampling.batch * sampling.samples

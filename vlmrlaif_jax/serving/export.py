@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
@@ -108,8 +109,28 @@ def write_merged(
     export_files.copy_files(folder, source, model.template)
   else:
     config = _write_files(folder, source, config, model)
-    params, config = convert.add_image_token(params, config)
+    params, config = add_image_token(params, config)
   convert.save_llava(folder, params, config, dtype, train_merger=model.train_merger)
+
+
+def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]:
+  """Extends the vocabulary to the id that marks an image in transformers.
+
+  The original LLaVA has no such id. The new rows are copies of id 0, <unk>, so an added
+  token is never more likely than <unk>.
+  """
+  text = config["text_config"]
+  more = config["image_token_index"] + 1 - text["vocab_size"]
+  if more <= 0:
+    return params, config
+  llm = params["llm"]
+  rows = llm["embed"]["embedding"]
+  wide = {**llm, "embed": {"embedding": jnp.concatenate([rows, *[rows[:1]] * more])}}
+  if "lm_head" in llm:  # Otherwise, the embedding is the output matrix.
+    head = llm["lm_head"]["kernel"]
+    wide["lm_head"] = {"kernel": jnp.concatenate([head, *[head[:, :1]] * more], axis=1)}
+  text = {**text, "vocab_size": text["vocab_size"] + more}
+  return {**params, "llm": wide}, {**config, "text_config": text}
 
 
 def write_adapter(

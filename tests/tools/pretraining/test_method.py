@@ -10,11 +10,11 @@ import optax
 from tests.methods import roles
 from tools.pretraining import convert_clip, method
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, MethodModels
-from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.models import clip_text
 from vlmrlaif_jax.training.update import init_state, make_update
 
 TEXT = dict(vocab=64, context=16, embed=32, mlp=64, layers=2, heads=4)
-CLIP = convert_clip.CLIP(roles.TOWER, clip.TextTower(**TEXT), 8)
+CLIP = convert_clip.CLIP(roles.TOWER, clip_text.TextTower(**TEXT), 8)
 
 
 def packed():

@@ -170,7 +170,9 @@ class SmolVLMProcessor:
     self, frame: UInt8[np.ndarray, "old_height old_width 3"], longest: int, *size: int
   ) -> UInt8[np.ndarray, "height width 3"]:
     """Resizes the longer side to a length, then both sides to a height and width."""
-    return resize(resize(frame, *fit_longest(frame.shape[:2], longest)), *size)
+    return resize_frame(
+      resize_frame(frame, *fit_longest(frame.shape[:2], longest)), *size
+    )
 
   def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
     """Returns evenly spaced indices of frames, `fps` of each second.
@@ -242,7 +244,7 @@ class SmolVLMProcessor:
       if rows * columns > 1:
         split = whole.reshape(rows, self.side, columns, self.side, 3).swapaxes(1, 2)
         squares += [*split.reshape(-1, self.side, self.side, 3)]
-        whole = resize(whole, self.side, self.side)
+        whole = resize_frame(whole, self.side, self.side)
       squares.append(whole)
     center, scale = (255 * np.array(x, np.float32) for x in (self.mean, self.std))
     pixels = [cut_squares((square - center) / scale, self.patch) for square in squares]
@@ -377,7 +379,7 @@ def fit_longest(size: tuple[int, ...], longest: int) -> tuple[int, int]:
   return longest, even(longest * ratio)
 
 
-def resize(
+def resize_frame(
   frame: UInt8[np.ndarray, "height width 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "new_height new_width 3"]:
   """Resizes a frame by Lanczos' filter."""
