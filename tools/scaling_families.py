@@ -13,18 +13,17 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
 
-from absl import app, flags, logging  # noqa: E402
+from absl import app, logging  # noqa: E402
 
 from configs.published import PUBLISHED  # noqa: E402
 from tools import scaling_docs  # noqa: E402
-from tools.scaling import estimate_point  # noqa: E402
+from tools.scaling import DOC, estimate_point  # noqa: E402
 from tools.scaling_points import Point  # noqa: E402
 from vlmrlaif_jax.core.markdown import markdown_table  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 SLICES = ("v5e-16", "v5e-64", "v5p-8", "v6e-16", "h200-8", "a100-8")
 MARKS = ("<!-- families -->\n", "<!-- end of families -->\n")
-DOC = flags.DEFINE_string("doc", "docs/scaling.md", "Document to change.")
 
 
 def main(argv: list[str]) -> None:
