@@ -6,6 +6,7 @@ into its patches, norms of queries and keys get constant scales, and each new to
 starts as the mean of the old tokens of its text.
 """
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -60,9 +61,8 @@ def _fold_first_norm(old, frames):
   kernel = (0.5 / std)[:, None] * kernel
   positions = np.asarray(old["position_embedding"])[1:]
   patch = round((len(kernel) // 3) ** 0.5)
-  cut = np.asarray(
-    clip.cut_patches(frames / np.float32(127.5) - 1, frames.shape[1], patch)
-  )
+  pixels = jnp.asarray(frames / np.float32(127.5) - 1)
+  cut = np.asarray(clip.cut_patches(pixels, frames.shape[1], patch))
   spread = (cut @ kernel + bias + positions).std(axis=-1).mean()
   scale, shift = (np.asarray(old["pre_norm"][x]) for x in ("scale", "bias"))
   center = lambda x: (x - x.mean(axis=-1, keepdims=True)) / spread * scale
