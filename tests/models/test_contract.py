@@ -28,7 +28,7 @@ THEIRS = {  # Family -> the class of transformers that it is to equal.
   "siglip": transformers.SiglipVisionModel,
 }
 # Towers of patches in a grid, whose tests are in a file of their own.
-WITH_GRID = {"qwen2_5_vl", "qwen3_vl", "smolvlm"}
+WITH_GRID = {"llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm"}
 HOME = pathlib.Path(models.__file__).parent
 FILES = sorted([*HOME.glob("*.py"), *HOME.glob("decoders/*.py")])
 MODULES = {
