@@ -111,7 +111,7 @@ def test_settings_of_other_recipes_are_unknown(launcher, capsys):
 
 def test_unknown_preset_is_refused_with_those_there_are(launcher, capsys):
   said = refused(launcher, capsys, f"--config={SFT}:13b")
-  assert "('tiny', '7b')" in said and "'13b'" in said
+  assert "('tiny', '7b', 'tiny_qwen3vl', 'qwen3vl_2b'" in said and "'13b'" in said
 
 
 def test_missing_recipe_is_refused_with_those_there_are(launcher, capsys):

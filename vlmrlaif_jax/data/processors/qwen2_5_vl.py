@@ -109,6 +109,7 @@ class Qwen25VLProcessor(TemporalPatches):
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.
 
+    >>> from vlmrlaif_jax.data.processors.interface import Grid
     >>> Qwen25VLProcessor().write_text(Visual(Grid(2, 4, 6)))
     ['<|vision_start|>', 12, '<|vision_end|>']
     """

@@ -103,6 +103,7 @@ class Qwen3VLProcessor(TemporalPatches):
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.
 
+    >>> from vlmrlaif_jax.data.processors.interface import Grid
     >>> Qwen3VLProcessor().write_text(Visual(Grid(1, 4, 6), seconds=(0.0, 1.0)))[1:-1]
     ['<0.5 seconds><|vision_start|>', 6, '<|vision_end|>']
 
