@@ -113,7 +113,7 @@ def test_layout_of_an_image_has_its_size():
   assert layout == Visual(Grid(1 + 15, 5, 5), size=(50, 90))
   video = Frames(make_frames(3, 50, 90), np.arange(3.0), (50, 90), 1.0)
   _, layout = process_frames(SMALL, video)
-  assert layout == Visual(Grid(3, 3, 3), (0.0, 1.0, 2.0))
+  assert layout == Visual(Grid(3, 3, 3), (0.0, 1.0, 2.0), 1.0)
 
 
 def test_clip_of_a_video_ends_with_one_newline():
