@@ -1,6 +1,7 @@
 """A Qwen3-VL that starts from the shipped LLaVA."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ def test_a_still_patch_is_embedded_nearly_as_by_clip(old, frames):
   tower = clip.VisionTower(image=32, patch=8, embed=EMBED, mlp=384, layers=3, heads=4)
   want = tower.apply(
     {"params": old["vision"]},
-    tower.normalize(frames),
+    tower.normalize(jnp.asarray(frames)),
     method=lambda tower, pixels: tower._embed(pixels)[:, 1:],
   )
   got = embed_frames(start_tower(old, frames), frames, frames)
