@@ -96,7 +96,7 @@ def greedy(both):
     both.model,
     max_new=NEW,
     temperature=0.0,
-    eos=tokenization.find_eos_id(both.tokenizer, TEMPLATE),
+    stops=(tokenization.find_eos_id(both.tokenizer, TEMPLATE),),
     pad=both.tokenizer.pad_token_id,
   )
   return jax.jit(generate)(both.variables, both.prompts, jax.random.key(0))
