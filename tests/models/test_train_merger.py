@@ -26,7 +26,7 @@ def load(hf, *, train_merger):
   tensors = {name: x.numpy() for name, x in hf.state_dict().items()}
   if config["tie_word_embeddings"]:
     del tensors["lm_head.weight"]
-  table = families.make_table(config, train_merger=train_merger)
+  table = families.make_family_table(config, train_merger=train_merger)
   shapes = vlm.get_param_shapes(model)
   return model, {"params": convert_from_hf(table, tensors, shapes)}
 
