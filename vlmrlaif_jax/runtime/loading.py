@@ -326,7 +326,7 @@ def _advise_on_tokens(processor: Processor) -> str:
   """Returns how to lower the tokens of videos; "" if all have as many."""
   if processor.layout is not None:
     return ""
-  tokens = count_features(lay_out(processor, processor.max_layout))
+  tokens = count_features(lay_out(processor, processor.find_max_layout()))
   return (
     f". A video may have {tokens} tokens: lower --config.model.max_frames or "
     "--config.model.max_pixels"

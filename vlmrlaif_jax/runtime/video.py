@@ -101,7 +101,7 @@ def get_max_length(processor: Processor, prompt_len: int) -> int:
   """
   if processor.layout is not None:
     return 0
-  longest = count_features(lay_out(processor, processor.max_layout))
+  longest = count_features(lay_out(processor, processor.find_max_layout()))
   return tokenization.round_up_length(
     min(longest, prompt_len), multiple=LENGTH_MULTIPLE
   )

@@ -172,7 +172,7 @@ def make_encode_function(run: Run, videos: int) -> DeviceFunction:
     videos: videos per step.
   """
   rows = video.get_encoder_batch(run.mesh)
-  frames, height, width = run.processor.max_layout.grid
+  frames, height, width = run.processor.find_max_layout().grid
   grid, shape = (height, width), run.policy.vision.measure((height, width))
   pixels = jax.ShapeDtypeStruct((rows, frames, *shape.pixels), shape.pixel_dtype)
   encoder = video.make_encoder(run.policy, run.mesh)

@@ -36,6 +36,6 @@ def test_a_part_has_its_own_frames():
 
 def test_a_limit_of_videos_that_differ_is_an_error():
   assert PROCESSOR.limit(0.0, 0, 0).fix_grids() == PROCESSOR
-  assert PROCESSOR.max_layout == PROCESSOR.layout
+  assert PROCESSOR.find_max_layout() == PROCESSOR.layout
   with pytest.raises(ValueError, match=r"fps=2.0, max_pixels=9: .* 4 frames .* Set 0"):
     PROCESSOR.limit(2.0, 0, 9)

@@ -79,7 +79,7 @@ def test_limits_reduce_the_frames():
   assert (limited.frames, limited.rate) == (4, 0.5)
   assert DEFAULT.limit() == DEFAULT
   assert DEFAULT.limit(max_frames=64).frames == 32
-  assert limited.max_layout.grid == Grid(4, 14, 14)
+  assert limited.find_max_layout().grid == Grid(4, 14, 14)
 
 
 @pytest.mark.parametrize("limits", [dict(fps=-1.0), dict(max_pixels=1000)])

@@ -98,9 +98,9 @@ def test_limits_lower_the_number_of_frames():
 
 
 def test_greatest_layout_is_the_longest_video_or_an_image():
-  assert DEFAULT.max_layout.grid == Grid(64, 32, 32)
-  assert DEFAULT.limit(max_frames=8).max_layout == Visual(Grid(1, 128, 128))
-  one = SmolVLMProcessor(max_frames=1, split=False).max_layout
+  assert DEFAULT.find_max_layout().grid == Grid(64, 32, 32)
+  assert DEFAULT.limit(max_frames=8).find_max_layout() == Visual(Grid(1, 128, 128))
+  one = SmolVLMProcessor(max_frames=1, split=False).find_max_layout()
   assert count_features(lay_out(DEFAULT, one)) == 64
 
 

@@ -168,8 +168,8 @@ def test_what_is_read_differs_with_each_setting():
 def test_no_video_has_more_tokens_than_the_largest_layout(processor, is_fixed):
   processor = processor.fix_grids() if is_fixed else processor
   count = lambda visual: count_features(lay_out(processor, visual))
-  most = count(processor.max_layout)
-  assert len(processor.max_layout.seconds) <= 12
+  most = count(processor.find_max_layout())
+  assert len(processor.find_max_layout().seconds) <= 12
   for frames in range(2, 13, 1 if processor is not LIMITED[1] else 2):
     for height, width in ((1080, 1920), (2000, 2000), (480, 640), (210, 90)):
       grid = processor.choose_grid(height, width, frames)

@@ -109,8 +109,7 @@ class Processor(Protocol):
     """The layout of all videos; None if each has its own."""
     ...
 
-  @property
-  def max_layout(self) -> Visual:
+  def find_max_layout(self) -> Visual:
     """The layout of a video with the most tokens."""
     ...
 

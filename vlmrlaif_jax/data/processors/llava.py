@@ -43,8 +43,7 @@ class LlavaProcessor:
     """The layout of all videos."""
     return Visual(self.choose_grid(self.image, self.image, self.frames))
 
-  @property
-  def max_layout(self) -> Visual:
+  def find_max_layout(self) -> Visual:
     """The layout of all videos."""
     return self.layout
 

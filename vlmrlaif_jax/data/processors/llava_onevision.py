@@ -163,8 +163,7 @@ class LlavaOnevisionProcessor:
   def layout(self) -> None:
     """None, because each video has its own number of frames."""
 
-  @property
-  def max_layout(self) -> Visual:
+  def find_max_layout(self) -> Visual:
     """The layout of a video with the most tokens."""
     seconds = tuple(float(i) for i in range(self.frames))
     return Visual(Grid(self.frames, self.pooled_side, self.pooled_side), seconds)

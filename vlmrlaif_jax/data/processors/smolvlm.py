@@ -105,8 +105,7 @@ class SmolVLMProcessor:
   def layout(self) -> None:
     """None, because each video has its own layout."""
 
-  @property
-  def max_layout(self) -> Visual:
+  def find_max_layout(self) -> Visual:
     """The layout with the most tokens: the longest video, or an image of all crops."""
     seconds = tuple(i / self.fps for i in range(self.max_frames))
     crops = math.ceil(self.image_longest / self.side) if self.split else 1

@@ -130,8 +130,7 @@ class TemporalPatches(abc.ABC):
     """None, because each video has its own layout."""
     return None
 
-  @property
-  def max_layout(self) -> Visual:
+  def find_max_layout(self) -> Visual:
     """The layout of a video with the most tokens, if its sides have one of RATIOS."""
     totals = range(FRAMES, max(self.max_frames, FRAMES) + 1)
     counts = {len(self.sample_frames(total, self.fps)) for total in totals}

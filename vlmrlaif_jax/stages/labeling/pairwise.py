@@ -328,7 +328,7 @@ def workload(run: Run, stage: str) -> Workload:
     config.caption_prompt_len, config.caption_max_new, config.batch
   )
   judge = SamplingSettings(config.judge_prompt_len, config.judge_max_new, config.batch)
-  clips = len(captioning.split_layout(run, run.processor.max_layout))
+  clips = len(captioning.split_layout(run, run.processor.find_max_layout()))
   frames = model.clip_frames if run.processor.layout else 0
   tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
   functions = [
