@@ -167,7 +167,7 @@ def test_one_frame_of_a_video_is_no_image():
   _, layout = process_frames(TINY, Frames(pixels, seconds, pixels.shape[1:3], 0.8))
   assert layout == Visual(Grid(1, 4, 4), (0.0,), rate=0.8)
   _, layout = process_frames(TINY, Frames(pixels, seconds, pixels.shape[1:3]))
-  assert layout == Visual(TINY.choose_grid(60, 90, None))
+  assert layout == Visual(TINY.choose_grid(60, 90, None), size=(60, 90))
 
 
 # transformers' processors.
