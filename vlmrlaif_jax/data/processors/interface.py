@@ -110,7 +110,7 @@ class Processor(Protocol):
     ...
 
   def find_max_layout(self) -> Visual:
-    """The layout of a video with the most tokens."""
+    """Returns the layout of a video with the most tokens."""
     ...
 
   def limit(self, fps: float, max_frames: int, max_pixels: int) -> "Processor":

@@ -44,7 +44,7 @@ class LlavaProcessor:
     return Visual(self.choose_grid(self.image, self.image, self.frames))
 
   def find_max_layout(self) -> Visual:
-    """The layout of all videos."""
+    """Returns the layout of all videos."""
     return self.layout
 
   def limit(self, fps: float, max_frames: int, max_pixels: int) -> "LlavaProcessor":

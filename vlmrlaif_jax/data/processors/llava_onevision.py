@@ -164,7 +164,7 @@ class LlavaOnevisionProcessor:
     """None, because each video has its own number of frames."""
 
   def find_max_layout(self) -> Visual:
-    """The layout of a video with the most tokens."""
+    """Returns the layout of a video with the most tokens."""
     seconds = tuple(float(i) for i in range(self.frames))
     return Visual(Grid(self.frames, self.pooled_side, self.pooled_side), seconds)
 
