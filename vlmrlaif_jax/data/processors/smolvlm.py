@@ -106,7 +106,7 @@ class SmolVLMProcessor:
     """None, because each video has its own layout."""
 
   def find_max_layout(self) -> Visual:
-    """Returns the layout with the most tokens: the longest video, or an image of all crops."""
+    """Returns the layout with the most tokens, of a video or an image of all crops."""
     seconds = tuple(i / self.fps for i in range(self.max_frames))
     crops = math.ceil(self.image_longest / self.side) if self.split else 1
     layouts = (

@@ -131,7 +131,7 @@ class TemporalPatches(abc.ABC):
     return None
 
   def find_max_layout(self) -> Visual:
-    """Returns the layout of a video with the most tokens, if its sides have one of RATIOS."""
+    """Returns the layout of a video with the most tokens, for sides of RATIOS."""
     totals = range(FRAMES, max(self.max_frames, FRAMES) + 1)
     counts = {len(self.sample_frames(total, self.fps)) for total in totals}
     if self.is_fixed:
