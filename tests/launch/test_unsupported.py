@@ -35,7 +35,7 @@ def write(folder, model_type, *, weights=True):
 
 def check(folder, world, tmp_path, named):
   """Runs, plans and opens a folder, none of which may get far."""
-  config = small.config(small.settings(folder, world))
+  config = small.config(small.settings(folder, world), ppo__batch_size=8)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(memory, "estimate_memory", None)
     with pytest.raises(UserError, match=named):
