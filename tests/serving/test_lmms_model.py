@@ -136,7 +136,6 @@ def test_the_greedy_response_is_found_greedy(model):
   target = lambda doc: said  # As a task of the type "loglikelihood" gives it.
   (first, second) = model.loglikelihood([request(0, target), request(0, "Nothing.")])
   assert first[1] and not second[1]
-  assert first[0] < second[0]
 
 
 @pytest.mark.parametrize(
