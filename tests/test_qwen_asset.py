@@ -31,7 +31,8 @@ def tokenizer():
 def loaded():
   """(model, variables, config, processor)."""
   made = convert.load_llava(FOLDER, dtype="float32")
-  return *made, convert.load_processor(FOLDER, made[0], 12)
+  model, _, published = made
+  return *made, convert.load_processor(FOLDER, published, model, 12)
 
 
 def test_whole_checkpoint_takes_at_most_8_mb():
@@ -49,7 +50,7 @@ def test_logits_equal_those_of_transformers(tokenizer, loaded):
   row = tokenization.encode_conversation(
     tokenizer, TEMPLATE, [(QUESTION, None)], video=lay_out(processor, CLIP)
   )
-  frames = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8)
+  frames = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
   pixels = processor.process(frames, CLIP.grid).pixels
   encode = jax.jit(lambda x: model.apply(variables, x, (4, 4), method="encode"))
   features = encode(pixels.reshape(6, 16, -1)).reshape(1, -1, 3 * model.llm.embed)

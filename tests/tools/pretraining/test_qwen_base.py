@@ -63,10 +63,11 @@ def test_every_parameter_is_trained(base, exported):
 
 def test_processor_of_the_files_is_that_of_training(config, exported):
   folder, _ = exported
-  processor = convert.load_processor(folder, convert.load_llava(folder)[0], 0)
+  model, _, published = convert.load_llava(folder)
+  processor = convert.load_processor(folder, published, model, 0)
   assert processor == qwen_base.make_processor(config)
-  assert processor.choose_grid(64, 64, 12) == (6, 6, 6)
-  assert processor.choose_grid(64, 64, None) == (1, 6, 6)
+  assert processor.choose_grid(64, 64, 12) == (6, 4, 4)
+  assert processor.choose_grid(64, 64, None) == (1, 4, 4)
 
 
 def test_generation_stops_at_the_end_of_a_turn(tok, exported):
@@ -77,14 +78,14 @@ def test_generation_stops_at_the_end_of_a_turn(tok, exported):
 
 def test_image_rows_have_one_temporal_patch(config, base):
   batch = base.make_batch(config[PHASES[0]], 0)
-  assert batch.patches.shape == (2, 1, 36, 3 * 2 * 8**2)
-  assert ((batch.tokens == VIDEO_TOKEN).sum(1) == 9).all()
+  assert batch.patches.shape == (2, 1, 16, 3 * 2 * 8**2)
+  assert ((batch.tokens == VIDEO_TOKEN).sum(1) == 4).all()
 
 
 def test_clip_rows_have_the_tokens_and_the_times_of_their_third(config, tok, base):
   batch = base.make_batch(config[PHASES[1]], 0)
-  assert batch.patches.shape == (2, 6, 36, 3 * 2 * 8**2)
-  assert ((batch.tokens == VIDEO_TOKEN).sum(1) == (6 + 2) * 9).all()
+  assert batch.patches.shape == (2, 6, 16, 3 * 2 * 8**2)
+  assert ((batch.tokens == VIDEO_TOKEN).sum(1) == (6 + 2) * 4).all()
 
   def find_times(row, segment):
     ids = batch.tokens[row][batch.segments[row] == segment]
