@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import front
+from configs.published import PUBLISHED
 from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import split_round
@@ -41,7 +42,7 @@ def test_choosing_by_claims_checks_the_claims_of_a_recipe_without_that_stage():
 # Sections.
 
 
-@pytest.mark.parametrize("preset", ["tiny", "7b"])
+@pytest.mark.parametrize("preset", ["tiny", "7b", "tiny_qwen3vl", *PUBLISHED])
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_have_the_sections_that_their_stages_read(name, preset):
   made = importlib.import_module(f"configs.{name}").get_config(preset)
