@@ -77,7 +77,7 @@ def test_logits_equal_transformers_from_pixels(batch):
 def test_sampled_tokens_are_those_of_a_loop_over_transformers(batch):
   hf, model, variables = qwen2_5.pair()
   sample = functools.partial(
-    generate, model, max_new=NEW, temperature=0.0, eos=99, pad=0, vocab=VOCAB
+    generate, model, max_new=NEW, temperature=0.0, stops=(99,), pad=0, vocab=VOCAB
   )
   got = jax.jit(sample)(variables, batch, jax.random.key(0)).batch
   # After the last position of the question, which follows the end of the video.

@@ -213,7 +213,7 @@ def _list_whole_modules(config: HfConfig, names: Iterable[str]) -> list[str] | N
   if config["model_type"] not in families.FAMILIES:
     return ["multi_modal_projector"]
   mergers = families.FAMILIES[config["model_type"]].models.MERGERS
-  whole = re.compile(rf"\.((?:{'|'.join(mergers.values())})(?:\.\d+)?)\.")
+  whole = re.compile(rf"(?:^|\.)((?:{'|'.join(mergers.values())})(?:\.\d+)?)\.")
   modules = set()
   for name in names:
     if (match := whole.search(name)) is None:
