@@ -3,7 +3,7 @@ import re
 import jax
 import pytest
 
-from tests.helpers import small
+from tests.helpers import qwen, small
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen
@@ -153,6 +153,18 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(
   assert "sft_short: update" in told or "sft_short: encode" in told
   assert "GiB" in told and "--config." in told and "plan.py --sweep" in told
   assert not (tmp_path / "features").exists()
+
+
+def test_a_family_whose_videos_differ_is_refused_as_well(
+  tmp_path, tiny_settings, monkeypatch
+):
+  qwen.write_checkpoint(tmp_path)
+  lengths = {"data__prompt_len": 256, "model__template": "chat_template"}
+  config = small.config(tiny_settings, model__path=str(tmp_path), **lengths)
+  memory_lib.check_memory(config, ["sft_short"])
+  monkeypatch.setattr(memory_lib, "get_device_memory", lambda *_: 1e4)
+  with pytest.raises(UserError, match="sft_short: .* would hold"):
+    memory_lib.check_memory(config, ["sft_short"])
 
 
 def test_the_remedy_is_that_of_the_largest_part(run):

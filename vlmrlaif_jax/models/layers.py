@@ -76,6 +76,32 @@ class TowerShape(NamedTuple):
   merged: int = 0  # Multiplications of the mergers.
 
 
+def measure_patch_tower(
+  tower: Any, patches: int, inputs: int, merged: int
+) -> TowerShape:
+  """Returns the sizes of a tower that reads patches and attends to all of them.
+
+  Args:
+    tower: module with the fields embed, mlp, heads and layers.
+    patches: see TowerShape.
+    inputs: see TowerShape.
+    merged: see TowerShape.
+  """
+  return TowerShape(
+    (patches, inputs),
+    "float32",
+    tower.embed,
+    tower.mlp,
+    tower.heads,
+    tower.layers,
+    patches,
+    inputs,
+    kernels=tower.embed * (4 * tower.embed + 2 * tower.mlp),
+    pairs=patches**2,
+    merged=merged,
+  )
+
+
 class RopeScaling(NamedTuple):
   """Scaling of the rotary frequencies of a model whose context was extended."""
 

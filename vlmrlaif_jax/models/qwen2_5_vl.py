@@ -29,6 +29,7 @@ from vlmrlaif_jax.models.layers import (
   TowerShape,
   VisualFeatures,
   describe_settings,
+  measure_patch_tower,
   read_fields,
 )
 from vlmrlaif_jax.models.ops.attention import attend
@@ -296,18 +297,11 @@ class Model(Mergers, kw_only=True):
     window = min(patches, (self.window // self.patch) ** 2)
     full = len(self.full_layers) / self.layers
     square = self.merge**2 * self.embed
-    return TowerShape(
-      (patches, inputs),
-      "float32",
-      self.embed,
-      self.mlp,
-      self.heads,
-      self.layers,
-      patches,
-      inputs,
+    merged = self.merges * patches // self.merge**2 * square * (square + self.out)
+    # The MLP is gated, and most layers attend within windows.
+    return measure_patch_tower(self, patches, inputs, merged)._replace(
       kernels=self.embed * (4 * self.embed + 3 * self.mlp),
       pairs=patches * (full * patches + (1 - full) * window),
-      merged=self.merges * patches // self.merge**2 * square * (square + self.out),
     )
 
   def settings(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from vlmrlaif_jax.models.layers import (
   TowerShape,
   VisualFeatures,
   describe_settings,
+  measure_patch_tower,
   read_fields,
 )
 from vlmrlaif_jax.models.ops.attention import attend
@@ -281,19 +282,8 @@ class Model(Mergers, kw_only=True):
     patches, inputs = math.prod(grid), 3 * _FRAMES * self.patch**2
     square = self.merge**2 * self.embed
     mergers = (1 + len(self.taps)) * square * (square + self.out)
-    return TowerShape(
-      (patches, inputs),
-      "float32",
-      self.embed,
-      self.mlp,
-      self.heads,
-      self.layers,
-      patches,
-      inputs,
-      kernels=self.embed * (4 * self.embed + 2 * self.mlp),
-      pairs=patches**2,
-      merged=self.merges * patches // self.merge**2 * mergers,
-    )
+    merged = self.merges * patches // self.merge**2 * mergers
+    return measure_patch_tower(self, patches, inputs, merged)
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""

@@ -23,6 +23,7 @@ from vlmrlaif_jax.models.layers import (
   TowerShape,
   VisualFeatures,
   describe_settings,
+  measure_patch_tower,
   read_fields,
 )
 from vlmrlaif_jax.models.projector import Connector
@@ -145,19 +146,8 @@ class Model(Mergers, kw_only=True):
     """Returns the sizes of the tower for a frame, whose grid is always the same."""
     del grid
     patches, inputs = (self.image // self.patch) ** 2, 3 * self.patch**2
-    return TowerShape(
-      (patches, inputs),
-      "float32",
-      self.embed,
-      self.mlp,
-      self.heads,
-      self.layers,
-      patches,
-      inputs,
-      kernels=self.embed * (4 * self.embed + 2 * self.mlp),
-      pairs=patches**2,
-      merged=self.merges * patches * self.embed * self.out,
-    )
+    merged = self.merges * patches * self.embed * self.out
+    return measure_patch_tower(self, patches, inputs, merged)
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""

@@ -269,8 +269,6 @@ def check_memory(config: ConfigDict, stages: Iterable[str]) -> None:
   """
   mesh = sharding.make_mesh(**config.mesh)
   run, tensor = abstract_run.create_abstract_run(config, mesh), mesh.shape["tensor"]
-  if run.processor.layout is None:
-    return  # The tokens of a video are not known before its frames are read.
   model = config.model
   for path, vlm in (
     (model.path, run.policy),
@@ -282,8 +280,6 @@ def check_memory(config: ConfigDict, stages: Iterable[str]) -> None:
         f"requires a multiple of --config.mesh.tensor={tensor}. Set another "
         "--config.mesh.tensor, or --config.model.attention=xla"
       )
-  if run.processor.layout is None:
-    return  # The tokens of a video are not known before its frames are read.
   limit = get_device_memory(jax.local_devices()[0], jax.local_device_count())
   for stage in plan_recipe_stages(run, stages):
     for function in stage.workload.functions:

@@ -26,8 +26,9 @@ def shorten(folder, video):
   """The names of files, in the form of the record."""
   if isinstance(video, str):
     return video.removeprefix(f"{folder}/")
-  parts = [shorten(folder, each) for each in getattr(video, "paths", video)]
-  return tuple(parts) if isinstance(video, MediaList) else parts
+  if isinstance(video, MediaList):
+    return tuple(shorten(folder, each) for each in video.paths)
+  return [shorten(folder, each) for each in video]
 
 
 def talk(*texts):
