@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import chats, qwen, qwen2_5
 from tests.helpers.processor_oracle import Call, run_calls
-from tests.serving.test_chat_qwen3 import CLIPS, QUESTION, ROOT, write_clip
+from tests.serving.test_chat_qwen3 import CLIPS, QUESTION, ROOT
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
@@ -28,7 +28,7 @@ def made(tmp_path_factory):
   hf = qwen2_5.write_checkpoint(root / "new")
   folder = qwen2_5.write_published(root / "published", root / "new")
   for name, clip in CLIPS.items():
-    write_clip(folder / f"{name}.mp4", *clip)
+    chats.write_squares(folder / f"{name}.mp4", *clip)
   return hf, folder
 
 
@@ -36,7 +36,13 @@ def made(tmp_path_factory):
 def talk(made):
   model = run_lib.default_config()
   model.update(
-    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
+    template="",
+    prompts="brief",
+    frames=8,
+    clip_frames=8,
+    lora_rank=0,
+    lora_alpha=1.0,
+    grids="exact",
   )
   return chat_session.open_model(
     str(made[1]), model, chats.mesh(), max_prompt=4096, note=lambda line: None
@@ -100,8 +106,10 @@ def test_greedy_answers_equal_transformers(made, talk, prompts, name):
   hf, folder = made
   tokenizer, given = qwen.make_tokenizer(), prompts[name]
   clip = chat_clip.read_clip(talk, folder / f"{name}.mp4", chat_clip.ClipLimits())
-  assert list(clip.layout.grid) == given["video_grid_thw"][0].tolist()
-  assert 2 / clip.layout.rate == pytest.approx(float(given["second_per_grid_ts"][0]))
+  assert list(clip.layouts[0].grid) == given["video_grid_thw"][0].tolist()
+  assert 2 / clip.layouts[0].rate == pytest.approx(
+    float(given["second_per_grid_ts"][0])
+  )
   batch = chat_stream._encode_conversation(talk, clip, (), QUESTION)
   ids = batch.tokens[batch.mask]
   pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
