@@ -153,8 +153,7 @@ def print_answers(chat, limits, question) -> None:
   """Prints each policy's answer, and the sampled answers with their scores."""
   from vlmrlaif_jax.serving import chat_clip, chat_stream
 
-  clips = [chat_clip.read_clip(chat, path, limits) for path in VIDEO.value]
-  clip = chat_clip.join_clips(chat, clips)
+  clip = chat_clip.read_clips(chat, VIDEO.value, limits)
   *_, last = chat_stream.stream_side_by_side(chat, clip, {}, question)
   for name, answers in last.items():
     print(f"{name}: {answers.texts[answers.best]}")

@@ -160,10 +160,9 @@ def test_the_command_prints_the_answer_of_transformers(made, prompts):
 
 
 def read_clips(talk, folder, contents):
-  limits = chat_clip.ClipLimits()
-  files = list_files(folder, contents)
-  clips = [chat_clip.read_clip(talk, file, limits) for file in files]
-  return chat_clip.join_clips(talk, clips)
+  return chat_clip.read_clips(
+    talk, list_files(folder, contents), chat_clip.ClipLimits()
+  )
 
 
 @pytest.mark.torchvision

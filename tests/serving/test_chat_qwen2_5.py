@@ -107,7 +107,7 @@ def test_the_command_prints_the_answer_of_transformers(made, prompts):
 def test_greedy_answers_equal_transformers(made, talk, prompts, name):
   hf, folder = made
   tokenizer, given = qwen.make_tokenizer(), prompts[name]
-  clip = chat_clip.read_clip(talk, folder / f"{name}.mp4", chat_clip.ClipLimits())
+  clip = chat_clip.read_clips(talk, [folder / f"{name}.mp4"], chat_clip.ClipLimits())
   assert list(clip.layouts[0].grid) == given["video_grid_thw"][0].tolist()
   assert 2 / clip.layouts[0].rate == pytest.approx(
     float(given["second_per_grid_ts"][0])

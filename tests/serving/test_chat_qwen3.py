@@ -58,7 +58,7 @@ def talk(made):
 
 def answer(talk, video):
   """(the clip, our greedy answer)."""
-  clip = chat_clip.read_clip(talk, video, chat_clip.ClipLimits())
+  clip = chat_clip.read_clips(talk, [video], chat_clip.ClipLimits())
   request = chat_stream.ChatQuestion(QUESTION, max_tokens=64)
   *_, last = chat_stream.stream_side_by_side(talk, clip, {}, request)
   (answers,) = last.values()

@@ -98,7 +98,7 @@ def test_greedy_answers_equal_transformers(made, theirs):
   )
   image = smolvlm.make_tokenizer().convert_tokens_to_ids(smolvlm.IMAGE)
   for name, given in theirs.items():
-    clip = chat_clip.read_clip(talk, folder / f"{name}.mp4", chat_clip.ClipLimits())
+    clip = chat_clip.read_clips(talk, [folder / f"{name}.mp4"], chat_clip.ClipLimits())
     batch = chat_stream._encode_conversation(talk, clip, (), QUESTION)
     ids = batch.tokens[batch.mask]
     got = np.where(ids == VIDEO_TOKEN, image, ids)

@@ -54,6 +54,7 @@ class Visual(NamedTuple):
   rate: float = 0.0
   # Height and width of an image in pixels, before it is resized; () for a video.
   size: tuple[int, ...] = ()
+  is_one_of_several: bool = False  # Whether it is an image of a prompt with others.
 
   @property
   def patch_frames(self) -> int:
@@ -194,8 +195,18 @@ def process_frames(
   return processor.process(frames.pixels, grid), layout
 
 
+def mark_several(visuals: Sequence[Visual]) -> list[Visual]:
+  """Returns the layouts of a prompt, in which images are marked if they are several."""
+  several = sum(not visual.seconds for visual in visuals) > 1
+  return [
+    visual._replace(is_one_of_several=several and not visual.seconds)
+    for visual in visuals
+  ]
+
+
 def lay_out(processor: Processor, *visuals: Visual) -> VideoTokens:
   """Returns the tokens that stand for images and videos in a prompt, in order."""
+  visuals = tuple(mark_several(visuals))
   texts = [processor.write_text(visual) for visual in visuals]
   blocks = [block for visual in visuals for block in processor.list_blocks(visual)]
   return VideoTokens(texts, blocks, processor.axes)

@@ -1,8 +1,9 @@
 """Processor of LLaVA-OneVision (Li et al. 2024, 2408.03326), and of LLaVA-Video.
 
-All frames are resized to one square. An image is resized twice: to one square, and to a
-rectangle of several squares, the crops. A video or an image is one run of placeholders,
-and its positions are those of text.
+All frames are resized to one square. An image is resized to one square, and to a
+rectangle of several squares, the crops. If a prompt has several images, each is one
+square, to which it is padded. A video or an image is one run of placeholders, and its
+positions are those of text.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from vlmrlaif_jax.data.decoding.squares import pad_and_resize
 from vlmrlaif_jax.data.processors.anyres import AnyResolution, resize
 from vlmrlaif_jax.data.processors.interface import (
   Block,
@@ -205,6 +207,7 @@ class LlavaOnevisionProcessor:
     """Returns frames or crops, and the rows and columns of the features of each.
 
     The first crop of an image shows all of it. Others are parts of it, in raster order.
+    The last one is the padded image, which is used in prompts with several images.
 
     Args:
       height: height of the frames or of the image in pixels, before it is resized.
@@ -214,7 +217,7 @@ class LlavaOnevisionProcessor:
     if frames is not None:
       return Grid(frames, self.pooled_side, self.pooled_side)
     rows, columns = self.images.choose_crops(height, width)
-    return Grid(1 + rows * columns, self.side, self.side)
+    return Grid(2 + rows * columns, self.side, self.side)
 
   def process(
     self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
@@ -228,7 +231,10 @@ class LlavaOnevisionProcessor:
     mean, std = self.mean, self.std
     if grid.height != self.pooled_side:
       mean, std = self.image_mean, self.image_std
-      squares = self.images.cut_crops(Image.fromarray(frames[0]))
+      image = Image.fromarray(frames[0])
+      fill = tuple(int(255 * x) for x in self.image_mean)
+      squares = self.images.cut_crops(image)
+      squares.append(pad_and_resize(image, self.image, fill))
     else:
       squares = [resize(Image.fromarray(x), self.image, self.image) for x in frames]
     center, scale = (255 * np.array(x, np.float32) for x in (mean, std))
@@ -260,8 +266,10 @@ class LlavaOnevisionProcessor:
       features: features of each frame or crop. The last of each is the newline.
       visual: layout of the video or of a part of it, or of the image.
     """
+    if visual.is_one_of_several:
+      return features[-1]
     if visual.size:
-      return self.images.arrange(features, *visual.size)
+      return self.images.arrange(features[:-1], *visual.size)
     flat = features.reshape(-1, features.shape[-1])
     if self.newline != "one_token":
       return flat
@@ -270,6 +278,8 @@ class LlavaOnevisionProcessor:
 
   def _count_tokens(self, visual: Visual) -> int:
     time, rows, columns = visual.grid
+    if visual.is_one_of_several:
+      return self.side**2 + 1
     if visual.size:
       rows, columns = self.images.fit_features(*visual.size)
       return self.side**2 + rows * (columns + 1)
