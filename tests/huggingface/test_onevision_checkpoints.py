@@ -16,7 +16,11 @@ def root(tmp_path_factory):
   root = tmp_path_factory.mktemp("onevision")
   (root / "hf").mkdir()
   hf = onevision.write_checkpoint(root / "hf")
-  video = dict(mm_newline_position="grid", mm_spatial_pool_mode="average")
+  video = dict(
+    mm_newline_position="grid",
+    mm_spatial_pool_mode="average",
+    add_time_instruction=True,
+  )
   onevision.write_original(root / "original", hf, frames_upbound=64, **video)
   return hf, root
 
@@ -31,7 +35,7 @@ def test_parameters_and_processor_are_those_of_transformers(root):
 
 
 def test_layout_of_the_llava_repository_is_opened(root):
-  """LLaVA-Video has newlines after each row, and average pooling."""
+  """LLaVA-Video has newlines after each row, average pooling and times."""
   hf, folder = root
   model, got, config = convert.load_llava(folder / "original", dtype="float32")
   jax.tree.map(np.testing.assert_array_equal, got, onevision.convert(model, hf))
@@ -39,7 +43,7 @@ def test_layout_of_the_llava_repository_is_opened(root):
   processor = convert.load_processor(folder / "original", config, model, frames=8)
   assert processor == LlavaOnevisionProcessor(
     image=onevision.IMAGE, patch=onevision.PATCH, pinpoints=onevision.PINPOINTS,
-    width=32, frames=64, newline="grid", pool="average",
+    width=32, frames=64, newline="grid", pool="average", has_times=True,
   )  # fmt: skip
 
 
@@ -57,7 +61,8 @@ def test_what_is_written_is_read_again(root, tmp_path, name, train_merger):
   options = dict(dtype="float32", train_merger=train_merger)
   _, variables, config = convert.load_llava(folder / name, **options)
   config = {**config, "mm_newline_position": "one_token"}
-  config.pop("mm_spatial_pool_mode", None)
+  for key in ("mm_spatial_pool_mode", "add_time_instruction"):
+    config.pop(key, None)
   convert.save_llava(tmp_path, variables["params"], config, **options)
   again = type(hf).from_pretrained(tmp_path).state_dict()
   for key, x in hf.state_dict().items():

@@ -217,6 +217,7 @@ _ORIGINAL_KEYS = {
   "mm_newline_position": "one_token",
   "mm_spatial_pool_mode": "bilinear",
   "frames_upbound": None,
+  "add_time_instruction": False,
 }
 # Keys with one supported value, unless they are unset.
 _ORIGINAL_REQUIRED = {

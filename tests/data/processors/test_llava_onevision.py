@@ -131,6 +131,20 @@ def test_clip_of_a_video_ends_with_one_newline():
   assert len(SMALL.list_blocks(visual)[0]) == 19
 
 
+def test_text_of_a_llava_video_has_the_times_of_its_frames():
+  config = {**CONFIG, "mm_newline_position": "grid", "add_time_instruction": True}
+  processor, problems = LlavaOnevisionProcessor.from_config(IMAGE, VIDEO, config)
+  video = Visual(Grid(3, 14, 14), (0.0, 2.004, 4.0), rate=0.5)
+  assert not problems and processor.write_text(video) == [
+    3 * 14 * 15,
+    "\nThe video lasts for 6.00 seconds, and 3 frames are uniformly sampled from it. "
+    "These frames are located at 0.00s,2.00s,4.00s.Please answer the following "
+    "questions related to this video.\n",
+  ]
+  image = Visual(processor.choose_grid(384, 384, None), size=(384, 384))
+  assert processor.write_text(image)[1] == "\n"
+
+
 # transformers' processors.
 
 VIDEOS = {  # Name -> (frames, height, width, processor).

@@ -52,6 +52,7 @@ class LlavaOnevisionProcessor:
   rate: float = 0.0  # Frames per second that are read at most; 0 for no limit.
   pool: str = "bilinear"  # Pooling of the features of a frame, or "average".
   newline: str = "one_token"  # See models.llava_onevision.NEWLINES.
+  has_times: bool = False  # Whether the text of a video has the times of its frames.
   # Heights and widths in pixels of the rectangles that crops form.
   pinpoints: tuple[tuple[int, int], ...] = tuple((a, b) for a in _SIDES for b in _SIDES)
   max_crops: int = 9  # Crops of which all features are used.
@@ -81,6 +82,7 @@ class LlavaOnevisionProcessor:
       "width": config["text_config"]["hidden_size"],
       "pool": config.get("mm_spatial_pool_mode", cls.pool),
       "newline": config.get("mm_newline_position", cls.newline),
+      "has_times": config.get("add_time_instruction", cls.has_times),
     }
     side, problems = vision["image_size"], []
     for kind, part in (("image", image), ("video", video)):
@@ -251,7 +253,10 @@ class LlavaOnevisionProcessor:
     >>> LlavaOnevisionProcessor().write_text(video)
     [393, '\n']
     """
-    return [self._count_tokens(visual), "\n"]
+    count = self._count_tokens(visual)
+    if not (self.has_times and visual.seconds):
+      return [count, "\n"]
+    return [count, f"\n{_describe_times(visual)}\n"]
 
   def list_blocks(self, visual: Visual) -> list[Block]:
     """Returns the positions of an image or a video, which count its tokens."""
@@ -285,6 +290,19 @@ class LlavaOnevisionProcessor:
       return self.side**2 + rows * (columns + 1)
     newlines = {"one_token": 1, "frame": time, "grid": time * rows}
     return time * rows * columns + newlines[self.newline]
+
+
+def _describe_times(visual: Visual) -> str:
+  """Returns LLaVA-Video's sentences about the times of frames (2410.02713)."""
+  count, duration = len(visual.seconds), visual.seconds[-1]
+  if visual.rate:
+    duration = count / visual.rate
+  times = ",".join(f"{time:.2f}s" for time in visual.seconds)
+  return (
+    f"The video lasts for {duration:.2f} seconds, and {count} frames are uniformly "
+    f"sampled from it. These frames are located at {times}.Please answer the following "
+    "questions related to this video."
+  )
 
 
 def _check_processor(kind: str, config: Mapping[str, Any], side: int) -> list[str]:
