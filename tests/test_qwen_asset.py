@@ -30,7 +30,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def loaded():
   """(model, variables, config, processor)."""
-  made = convert.load_llava(FOLDER, dtype="float32")
+  made = convert.load_checkpoint(FOLDER, dtype="float32")
   model, _, published = made
   return *made, convert.load_processor(FOLDER, published, model, 12)
 

@@ -98,7 +98,7 @@ def write_merged(
   Args:
     folder: Output folder.
     variables: Variables with "lora". A scalar head is omitted.
-    config: Config of the base from convert.load_llava.
+    config: Config of the base from convert.load_checkpoint.
     source: Folder of the base.
     model: Model section of the run's config.
     dtype: Dtype of the written tensors.
@@ -110,7 +110,9 @@ def write_merged(
   else:
     config = _write_files(folder, source, config, model)
     params, config = add_image_token(params, config)
-  convert.save_llava(folder, params, config, dtype, train_merger=model.train_merger)
+  convert.save_checkpoint(
+    folder, params, config, dtype, train_merger=model.train_merger
+  )
 
 
 def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]:
@@ -146,7 +148,7 @@ def write_adapter(
   Args:
     folder: Output folder.
     variables: Variables with "lora". A scalar head is omitted.
-    config: Config of the base from convert.load_llava.
+    config: Config of the base from convert.load_checkpoint.
     source: Folder of the base.
     model: Model section of the run's config.
     note: Receives a line if transformers cannot load the adapter's base.

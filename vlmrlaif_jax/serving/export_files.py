@@ -78,7 +78,7 @@ def write_files(
   Args:
     folder: Output folder.
     source: Folder of the base.
-    config: Config of the base from convert.load_llava.
+    config: Config of the base from convert.load_checkpoint.
     template: Name of the conversation template.
     frames: Frames per video.
 
