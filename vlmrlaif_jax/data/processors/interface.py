@@ -22,12 +22,13 @@ run to a short list. Without it, each video has the exact size of its family.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.data.video import Frames, Reading
+from vlmrlaif_jax.data.decoding.sampling import ByRule
+from vlmrlaif_jax.data.video import Frames, Reading, Resizing
 
 # Texts, and between them the numbers of tokens that receive features.
 VideoText: TypeAlias = list[str | int]
@@ -173,6 +174,23 @@ class Processor(Protocol):
   def list_blocks(self, visual: Visual) -> list[Block]:
     """Returns the positions of the runs of placeholders of `write_text`."""
     ...
+
+
+class VariedVideos(ByRule, Resizing, Protocol):
+  """Methods of the processors whose videos have layouts of their own."""
+
+  @property
+  def layout(self) -> None:
+    """None, because each video has its own layout."""
+    return None
+
+  def fix_grids(self) -> Self:
+    """Returns the processor itself, for a family whose frames have one size."""
+    return self
+
+  def make_reading(self, decoder: str) -> Reading:
+    """Returns the settings for reading frames by `sample_frames` and `resize`."""
+    return Reading(self, decoder=decoder, resizing=self)
 
 
 def process_frames(

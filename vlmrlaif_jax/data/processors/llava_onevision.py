@@ -20,10 +20,10 @@ from vlmrlaif_jax.data.processors.interface import (
   Block,
   Grid,
   ProcessedVideo,
+  VariedVideos,
   VideoText,
   Visual,
 )
-from vlmrlaif_jax.data.video import Reading
 
 _SIDES = tuple(384 * count for count in range(1, 7))
 _ASPECT = "anyres_max_"  # Start of vision_aspect_ratio; the largest number follows.
@@ -43,7 +43,7 @@ _KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlavaOnevisionProcessor:
+class LlavaOnevisionProcessor(VariedVideos):
   """Settings of the published checkpoints, and the methods of interface.Processor."""
 
   image: int = 384  # Side of a frame or crop in pixels, after it is resized.
@@ -163,22 +163,10 @@ class LlavaOnevisionProcessor:
       self.image, self.side, self.pinpoints, self.max_crops, self.width
     )
 
-  @property
-  def layout(self) -> None:
-    """None, because each video has its own number of frames."""
-
   def find_max_layout(self) -> Visual:
     """Returns the layout of a video with the most tokens."""
     seconds = tuple(float(i) for i in range(self.frames))
     return Visual(Grid(self.frames, self.pooled_side, self.pooled_side), seconds)
-
-  def fix_grids(self) -> "LlavaOnevisionProcessor":
-    """Returns the processor, whose frames and crops have one size."""
-    return self
-
-  def make_reading(self, decoder: str) -> Reading:
-    """Returns the settings for reading frames by `sample_frames` and `resize`."""
-    return Reading(self, decoder=decoder, resizing=self)
 
   def resize(
     self, frame: UInt8[np.ndarray, "height width 3"], frames: int | None
