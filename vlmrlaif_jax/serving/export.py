@@ -16,6 +16,7 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import (
+  checkpoint_folders,
   convert,
   families,
   param_mapping,
@@ -106,7 +107,7 @@ def write_merged(
   params = lora.merge_lora(variables, model.lora_alpha)["params"]
   params = {name: tree for name, tree in params.items() if name != "head"}
   if config["model_type"] in families.FAMILIES:
-    export_files.copy_files(folder, source, model.template)
+    _copy_files(folder, source, config, model)
   else:
     config = _write_files(folder, source, config, model)
     params, config = add_image_token(params, config)
@@ -161,7 +162,7 @@ def write_adapter(
   whole = dict(param_mapping.convert_to_hf(table, projector))
   modules = _list_whole_modules(config, whole)
   if config["model_type"] in families.FAMILIES:
-    export_files.copy_files(folder, source, model.template)
+    _copy_files(folder, source, config, model)
   else:
     image = _write_files(folder, source, config, model)["image_token_index"]
     base = read_json(source / "config.json", default={})
@@ -225,6 +226,18 @@ def _list_whole_modules(config: HfConfig, names: Iterable[str]) -> list[str] | N
       )
     modules.add(match[1])
   return sorted(modules) or None
+
+
+def _copy_files(
+  folder: pathlib.Path, source: pathlib.Path, config: HfConfig, model: ConfigDict
+) -> None:
+  """Copies the tokenizer and the processor of a base, with the limits of the run."""
+  export_files.copy_files(folder, source, model.template)
+  limits = model.fps, model.max_frames, model.max_pixels
+  if any(limits):
+    place = checkpoint_folders.find_processor_folder(source)
+    processor = families.read_processor(place, config).limit(*limits)
+    export_files.write_limits(folder, source, processor)
 
 
 def _write_files(

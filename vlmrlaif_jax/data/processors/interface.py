@@ -22,7 +22,7 @@ run to a short list. Without it, each video has the exact size of its family.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -36,6 +36,9 @@ VideoText: TypeAlias = list[str | int]
 Positions: TypeAlias = Int[np.ndarray, "tokens axes"]
 # Positions of a run of placeholders, relative to its start.
 Block: TypeAlias = Int[np.ndarray, "_run axes"]
+
+
+ProcessorT = TypeVar("ProcessorT")
 
 
 class Grid(NamedTuple):
@@ -128,6 +131,13 @@ class Processor(Protocol):
     """
     ...
 
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns settings of the limits, as of Hugging Face's image and video processor.
+
+    A setting of None is one to remove.
+    """
+    ...
+
   def fix_grids(self) -> "Processor":
     """Returns the processor with a short list of sizes of frames.
 
@@ -184,7 +194,7 @@ class VariedVideos(ByRule, Resizing, Protocol):
     """None, because each video has its own layout."""
     return None
 
-  def fix_grids(self) -> Self:
+  def fix_grids(self: ProcessorT) -> ProcessorT:
     """Returns the processor itself, for a family whose frames have one size."""
     return self
 

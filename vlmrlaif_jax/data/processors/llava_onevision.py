@@ -136,6 +136,10 @@ class LlavaOnevisionProcessor(VariedVideos):
     rate = min((x for x in (self.rate, fps) if x), default=0.0)
     return dataclasses.replace(self, frames=min(limits), rate=rate)
 
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the number of frames; transformers has no limit of their rate."""
+    return {}, {"num_frames": self.frames, "do_sample_frames": True}
+
   @property
   def fps(self) -> float:
     """Frames per second that are read; of a folder of frames, those that it has."""

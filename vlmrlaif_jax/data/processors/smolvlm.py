@@ -140,6 +140,15 @@ class SmolVLMProcessor(VariedVideos):
       )
     return dataclasses.replace(self, fps=fps or self.fps, max_frames=frames)
 
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of `limit`, as the published configs have them."""
+    sampling = {
+      "fps": self.fps,
+      "max_frames": self.max_frames,
+      "video_size": {"longest_edge": self.longest},
+    }
+    return {}, {"video_sampling": sampling, "do_sample_frames": True}
+
   def resize(
     self, frame: UInt8[np.ndarray, "height width 3"], frames: int | None
   ) -> UInt8[np.ndarray, "new_height new_width 3"]:

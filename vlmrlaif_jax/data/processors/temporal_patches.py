@@ -178,6 +178,19 @@ class TemporalPatches(VariedVideos):
       max_image_pixels=min(self.max_image_pixels, max_pixels),
     )
 
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of `limit`; pixels have other names in older configs."""
+    pixels = lambda least, most: {
+      "size": {"shortest_edge": least, "longest_edge": most},
+      **dict.fromkeys(("min_pixels", "max_pixels")),
+    }
+    return pixels(self.min_image_pixels, self.max_image_pixels), {
+      **pixels(self.min_pixels, self.max_pixels),
+      "fps": self.fps,
+      "max_frames": self.max_frames,
+      "do_sample_frames": True,
+    }
+
   def fix_grids(self: ProcessorT) -> ProcessorT:
     """Returns the processor with the sizes of list_sizes, so that grids are few.
 
