@@ -221,8 +221,9 @@ def _list_whole_modules(config: HfConfig, names: Iterable[str]) -> list[str] | N
   for name in names:
     if (match := whole.search(name)) is None:
       raise UserError(
-        f"SFT trains {name} with model.train_merger, but an adapter contains whole "
-        "modules only. Set --kind=merged."
+        f"SFT trains {name} with model.train_merger, but an adapter of PEFT contains "
+        f"only whole modules and LoRA of matrices, and {name} is neither. Set "
+        "--kind=merged."
       )
     modules.add(match[1])
   return sorted(modules) or None
