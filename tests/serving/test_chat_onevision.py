@@ -1,10 +1,6 @@
 """Answers of a LLaVA-OneVision about clips equal those of transformers' generate."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +14,13 @@ from tests.helpers import chats, onevision
 from tests.helpers.processor_oracle import Call, run_calls
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.data import video
-from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
+from vlmrlaif_jax.serving import chat_clip, chat_stream
 
 CLIPS = {  # Name -> (frames, frames per second, height, width).
   "short": (6, 10, 64, 64),
   "wide": (33, 12, 60, 110),
   "long": (100, 25, 90, 70),
 }
-ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
 IMAGES = {"image.gif": (40, 91), "tall.gif": (60, 35)}  # Name -> height and width.
 # Name -> the clips and images of a prompt; those of one are named as it is.
@@ -52,13 +46,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talk(made):
-  model = run_lib.default_config()
-  model.update(
-    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
-  )
-  return chat_session.open_model(
-    str(made[1]), model, chats.mesh(), max_prompt=4096, note=lambda line: None
-  )
+  return chats.open_model(made[1])
 
 
 def their_prompt(made, names, template):
@@ -122,15 +110,8 @@ def say(hf, given):
 @pytest.mark.torchvision
 def test_the_command_prints_the_answer_of_transformers(made, prompts):
   hf, folder = made
-  process = subprocess.run(
-    [sys.executable, "launch/chat.py", f"--model={folder}",
-     f"--video={folder / 'wide.mp4'}", f"--prompt={QUESTION}", "--temperature=0",
-     "--max_tokens=64", "--dtype=float32"],
-    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-    text=True,
-  )  # fmt: skip
-  assert process.returncode == 0, process.stderr[-3000:]
-  assert process.stdout.strip() == f"{folder.name}: {say(hf, prompts['wide'])}".strip()
+  got = chats.run_command(folder, [folder / "wide.mp4"], QUESTION)
+  assert got == say(hf, prompts["wide"])
 
 
 def read(talk, folder, name):
