@@ -365,18 +365,15 @@ def save_checkpoint(
     ValueError: The projector does not have 2 layers, or transformers has no such model.
   """
   table = make_table(config, train_merger=train_merger)
-  if config["model_type"] in FAMILIES:
-    rest = families.drop_original_keys(config)
-    save_tensors(Path(folder), table, params, rest, dtype)
-    return
-  depth = config["projector_depth"]
+  depth = config.get("projector_depth", 2)  # A key of LLaVA.
   if depth != 2:
     raise ValueError(
       f"transformers' LLaVA requires a projector of 2 layers, got {depth}. Export an "
       "adapter, or train another base."
     )
+  known = families.drop_original_keys(config)
   own = checkpoint_layouts.OWN_KEYS
-  rest = {key: value for key, value in config.items() if key not in own}
+  rest = {key: value for key, value in known.items() if key not in own}
   save_tensors(Path(folder), table, params, rest, dtype)
 
 
