@@ -38,8 +38,8 @@ from vlmrlaif_jax.models.ops.patch_grids import (
   read_rope_sections,
   rotate,
 )
+from vlmrlaif_jax.models.ops.temporal_tower import FRAMES, StateMergers, TemporalTower
 from vlmrlaif_jax.models.projector import Connector
-from vlmrlaif_jax.models.temporal_tower import FRAMES, StateMergers, TemporalTower
 from vlmrlaif_jax.models.vlm import VLM
 
 _shape = lambda out, mlp: dict(

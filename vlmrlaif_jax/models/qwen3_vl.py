@@ -40,8 +40,8 @@ from vlmrlaif_jax.models.ops.patch_grids import (
   read_rope_sections,
   rotate,
 )
+from vlmrlaif_jax.models.ops.temporal_tower import FRAMES, StateMergers, TemporalTower
 from vlmrlaif_jax.models.projector import Connector
-from vlmrlaif_jax.models.temporal_tower import FRAMES, StateMergers, TemporalTower
 from vlmrlaif_jax.models.vlm import VLM
 
 _small = dict(embed=1024, mlp=4096, layers=24, heads=16, taps=(5, 11, 17))
