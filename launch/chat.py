@@ -92,10 +92,10 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)
   if (WORKDIR.value is None) == (MODEL.value is None):
     exit_with_error("give --workdir of a run, or --model of a checkpoint")
-  given = [f"--{flag.name}" for flag in MODEL_FLAGS if flag.present]
-  if MODEL.value is None and given:
+  passed = [f"--{flag.name}" for flag in MODEL_FLAGS if flag.present]
+  if MODEL.value is None and passed:
     exit_with_error(
-      f"{', '.join(given)} can only be given with --model: the policies of --workdir "
+      f"{', '.join(passed)} can only be given with --model: the policies of --workdir "
       "read videos as in training. Remove it, or export a stage with launch/export.py "
       "and pass its folder by --model"
     )

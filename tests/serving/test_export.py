@@ -34,7 +34,9 @@ IMAGE = 5  # Any id can stand for an image in ours.
 
 def save(run, stage, params):
   state = TrainState(jnp.int32(1), params, jnp.zeros(1))
-  checkpoint.save_checkpoint(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
+  checkpoint.save_train_state(
+    str(run.workdir / stage / "checkpoints"), state, 1, keep=1
+  )
 
 
 @pytest.fixture(scope="module")

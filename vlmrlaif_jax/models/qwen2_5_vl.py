@@ -38,7 +38,11 @@ from vlmrlaif_jax.models.ops.patch_grids import (
   read_rope_sections,
   rotate,
 )
-from vlmrlaif_jax.models.ops.temporal_tower import FRAMES, StateMergers, TemporalTower
+from vlmrlaif_jax.models.ops.temporal_tower import (
+  PATCH_FRAMES,
+  StateMergers,
+  TemporalTower,
+)
 from vlmrlaif_jax.models.projector import Connector
 from vlmrlaif_jax.models.vlm import VLM
 
@@ -137,7 +141,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
   "vision_config": dict(
     hidden_act="silu",
     in_channels=3,
-    temporal_patch_size=FRAMES,
+    temporal_patch_size=PATCH_FRAMES,
     rope_parameters={"rope_type": "axial", "rope_theta": 10_000.0},
   ),
 }
@@ -265,7 +269,7 @@ class Model(Mergers, TemporalTower, kw_only=True):
 
   def measure(self, grid: tuple[int, int]) -> TowerShape:
     """Returns the sizes of the tower for a temporal patch."""
-    patches, inputs = math.prod(grid), 3 * FRAMES * self.patch**2
+    patches, inputs = math.prod(grid), 3 * PATCH_FRAMES * self.patch**2
     window = min(patches, (self.window // self.patch) ** 2)
     full = len(self.full_layers) / self.layers
     square = self.merge**2 * self.embed

@@ -40,7 +40,11 @@ from vlmrlaif_jax.models.ops.patch_grids import (
   read_rope_sections,
   rotate,
 )
-from vlmrlaif_jax.models.ops.temporal_tower import FRAMES, StateMergers, TemporalTower
+from vlmrlaif_jax.models.ops.temporal_tower import (
+  PATCH_FRAMES,
+  StateMergers,
+  TemporalTower,
+)
 from vlmrlaif_jax.models.projector import Connector
 from vlmrlaif_jax.models.vlm import VLM
 
@@ -153,7 +157,7 @@ MERGERS = {"merger": "merger", "deepstack_mergers": "deepstack_merger_list"}
 # Values that a config must have, by its part.
 REQUIRED: dict[str, dict[str, Any]] = {
   "text_config": dict(hidden_act="silu", attention_bias=False),
-  "vision_config": dict(in_channels=3, temporal_patch_size=FRAMES),
+  "vision_config": dict(in_channels=3, temporal_patch_size=PATCH_FRAMES),
 }
 
 
@@ -248,7 +252,7 @@ class Model(Mergers, TemporalTower, kw_only=True):
 
   def measure(self, grid: tuple[int, int]) -> TowerShape:
     """Returns the sizes of the tower for a temporal patch."""
-    patches, inputs = math.prod(grid), 3 * FRAMES * self.patch**2
+    patches, inputs = math.prod(grid), 3 * PATCH_FRAMES * self.patch**2
     square = self.merge**2 * self.embed
     mergers = (1 + len(self.taps)) * square * (square + self.out)
     merged = self.merges * patches // self.merge**2 * mergers

@@ -38,7 +38,7 @@ Positions: TypeAlias = Int[np.ndarray, "tokens axes"]
 Block: TypeAlias = Int[np.ndarray, "_run axes"]
 
 
-ProcessorT = TypeVar("ProcessorT")
+VariedT = TypeVar("VariedT")
 
 
 class Grid(NamedTuple):
@@ -194,7 +194,7 @@ class VariedVideos(ByRule, Resizing, Protocol):
     """None, because each video has its own layout."""
     return None
 
-  def fix_grids(self: ProcessorT) -> ProcessorT:
+  def fix_grids(self: VariedT) -> VariedT:
     """Returns the processor itself, for a family whose frames have one size."""
     return self
 

@@ -1,4 +1,4 @@
-"""What the vision towers of Qwen2.5-VL and Qwen3-VL share.
+"""Base classes of the vision towers of Qwen2.5-VL and Qwen3-VL.
 
 A subclass of StateMergers merges hidden states. A tower is a subclass of it and of
 TemporalTower, with the layers.
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from vlmrlaif_jax.models.layers import Layer, VisualFeatures, describe_settings
 from vlmrlaif_jax.models.ops.patch_grids import join_states, split_states
 
-FRAMES = 2  # Frames of a temporal patch.
+PATCH_FRAMES = 2  # Frames of a temporal patch.
 
 
 class StateMergers(Layer, abc.ABC, kw_only=True):
@@ -75,7 +75,7 @@ class TemporalTower(StateMergers, kw_only=True):
 
   def example_inputs(self) -> tuple[Any, ...]:
     """Returns inputs by which the tower is initialized."""
-    pixels = jnp.zeros((1, self.merge**2, 3 * FRAMES * self.patch**2))
+    pixels = jnp.zeros((1, self.merge**2, 3 * PATCH_FRAMES * self.patch**2))
     return pixels, (self.merge, self.merge)
 
   def features(
