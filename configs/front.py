@@ -2,8 +2,7 @@
 
 Each section has values for the two presets of a recipe. "tiny" uses the embedded world
 and takes minutes on a CPU. "7b" has the values of VLM-RLAIF (2402.03746), or of its
-code for values that the paper does not state. `use_qwen3_vl` changes the preset tiny to
-"tiny_qwen3vl".
+code for values that the paper does not state. published.py derives other presets.
 """
 
 import functools
@@ -12,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.published import PUBLISHED, lengthen_prompts, use_published
+from configs.published import DERIVED, derive_preset
 from vlmrlaif_jax.core.files import flatten_settings
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.world import language
@@ -35,21 +34,13 @@ def choose_preset(
   Raises:
     ValueError: The recipe has no preset of this name.
   """
-  derived = {
-    "tiny_qwen3vl": lambda: use_qwen3_vl(presets["tiny"]()),
-    **{name: functools.partial(_make_published, presets["7b"], name)
-       for name in PUBLISHED},
-  }  # fmt: skip
+  derived = {name: functools.partial(derive_preset, presets, name) for name in DERIVED}
   presets = {**presets, **derived}
   if preset not in presets:
     raise ValueError(f"preset must be one of {tuple(presets)}, not {preset!r}")
   config = presets[preset]()
   config.preset = preset
   return config
-
-
-def _make_published(make: Callable[[], ConfigDict], name: str) -> ConfigDict:
-  return use_published(make(), name)
 
 
 def make_section(defaults: ConfigDict, **values: Any) -> ConfigDict:
@@ -116,26 +107,6 @@ def model_tiny() -> ConfigDict:
     lora_rank=16,
     lora_alpha=32.0,
   )
-
-
-def use_qwen3_vl(config: ConfigDict) -> ConfigDict:
-  """Changes a recipe's preset tiny to the Qwen3-VL that the package ships.
-
-  Its videos have more tokens: those of places, and the time of each two frames.
-  """
-  config.model.update(
-    path="builtin:tiny_qwen3vl", template="chat_template", prompts="brief_qwen"
-  )
-  lengthen_prompts(config, 88)
-  lengths = {
-    "data": dict(prompt_len=128),
-    "sft": dict(pack_len=512),
-    "label": dict(caption_prompt_len=72, context="none"),
-    "evaluate": dict(prompt_len=232, judge_prompt_len=848),
-  }
-  for name in lengths.keys() & config.keys():
-    config[name].update(lengths[name])
-  return config
 
 
 def model_7b() -> ConfigDict:

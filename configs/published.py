@@ -1,10 +1,11 @@
-"""Presets of published families, which change the preset "7b" of a recipe.
+"""Presets of other families, which change the preset "tiny" or "7b" of a recipe.
 
-Every recipe has them, for example --config=configs/ppo.py:qwen3vl_4b. The checkpoint is
-a folder in Hugging Face's format. The reward model has the same checkpoint, because
-videos are encoded once for both.
+Every recipe has them, for example --config=configs/ppo.py:qwen3vl_4b. The checkpoint of
+a published model is a folder in Hugging Face's format. The reward model has the same
+checkpoint, because videos are encoded once for both.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -29,58 +30,83 @@ LEARNING_RATES = {
 }
 
 
-class Published(NamedTuple):
-  """A published model, and the limits of its videos."""
+class Derived(NamedTuple):
+  """A preset that differs from another preset of a recipe."""
 
-  name: str  # Repository on the Hub, without its owner.
-  video_len: int  # Tokens of the longest video, with its text.
-  limits: dict[str, Any]  # Settings of the section `model`.
-
-
-PUBLISHED = {
-  **{
-    f"qwen3vl_{size}": Published(
-      f"Qwen3-VL-{size.upper()}-Instruct",
-      1792,
-      dict(fps=2.0, max_frames=32, max_pixels=32 * FRAME_PIXELS),
-    )
-    for size in ("2b", "4b", "8b")
-  },
-  "qwen25vl_7b": Published(
-    "Qwen2.5-VL-7B-Instruct",
-    2176,
-    dict(fps=2.0, max_frames=32, max_pixels=32 * FRAME_PIXELS),
-  ),
-  # 196 tokens of each frame.
-  "onevision_7b": Published(
-    "llava-onevision-qwen2-7b-ov-hf", 3200, dict(max_frames=16)
-  ),
-  # 64 tokens of each frame, and its time.
-  "smolvlm2_500m": Published(
-    "SmolVLM2-500M-Video-Instruct", 2688, dict(fps=1.0, max_frames=32)
-  ),
-}
+  base: str  # Preset that it is derived from.
+  more: int  # Tokens by which the video of a prompt is longer.
+  model: dict[str, Any]  # Changed settings of the section `model`.
+  sections: dict[str, dict[str, Any]]  # Changed settings of other sections.
 
 
-def use_published(config: ConfigDict, preset: str) -> ConfigDict:
-  """Changes the preset "7b" of a recipe to a published model, a key of PUBLISHED."""
-  name, video_len, limits = PUBLISHED[preset]
-  path = f"checkpoints/{name}"
-  config.model.update(
-    path=path,
+def _derive_published(
+  preset: str, name: str, video_len: int, limits: dict[str, Any]
+) -> Derived:
+  """Returns the preset of a repository on the Hub, named without its owner."""
+  model = dict(
+    path=f"checkpoints/{name}",
     reward_model_path="",
     size=preset,
     reward_model_size="",
     template="chat_template",
     clip_frames=12,
     quant="none",
-    **limits,
-    **LORA,
   )
-  lengthen_prompts(config, video_len + TEXT_LEN - LLAVA_LEN)
-  for section, rate in LEARNING_RATES.items():
-    if section in config:
-      config[section].optimizer.learning_rate = rate
+  rates = {
+    section: {"optimizer": {"learning_rate": rate}}
+    for section, rate in LEARNING_RATES.items()
+  }
+  more = video_len + TEXT_LEN - LLAVA_LEN
+  return Derived("7b", more, model | limits | LORA, rates)
+
+
+_QWEN_LIMITS = dict(fps=2.0, max_frames=32, max_pixels=32 * FRAME_PIXELS)
+PUBLISHED = {
+  preset: _derive_published(preset, *model)
+  for preset, *model in (  # Tokens of the longest video with its text, and its limits.
+    ("qwen3vl_2b", "Qwen3-VL-2B-Instruct", 1792, _QWEN_LIMITS),
+    ("qwen3vl_4b", "Qwen3-VL-4B-Instruct", 1792, _QWEN_LIMITS),
+    ("qwen3vl_8b", "Qwen3-VL-8B-Instruct", 1792, _QWEN_LIMITS),
+    ("qwen25vl_7b", "Qwen2.5-VL-7B-Instruct", 2176, _QWEN_LIMITS),
+    # 196 tokens of each frame.
+    ("onevision_7b", "llava-onevision-qwen2-7b-ov-hf", 3200, dict(max_frames=16)),
+    # 64 tokens of each frame, and its time.
+    (
+      "smolvlm2_500m",
+      "SmolVLM2-500M-Video-Instruct",
+      2688,
+      dict(fps=1.0, max_frames=32),
+    ),
+  )
+}
+DERIVED = {
+  # The Qwen3-VL that the package ships. Its videos have more tokens: those of places,
+  # and the time of each two frames.
+  "tiny_qwen3vl": Derived(
+    "tiny",
+    88,
+    dict(path="builtin:tiny_qwen3vl", template="chat_template", prompts="brief_qwen"),
+    {
+      "data": dict(prompt_len=128),
+      "sft": dict(pack_len=512),
+      "label": dict(caption_prompt_len=72, context="none"),
+      "evaluate": dict(prompt_len=232, judge_prompt_len=848),
+    },
+  ),
+  **PUBLISHED,
+}
+
+
+def derive_preset(
+  presets: Mapping[str, Callable[[], ConfigDict]], preset: str
+) -> ConfigDict:
+  """Returns the config of a key of DERIVED from a recipe's own presets."""
+  base, more, model, sections = DERIVED[preset]
+  config = presets[base]()
+  config.model.update(model)
+  lengthen_prompts(config, more)
+  for name in sections.keys() & config.keys():
+    config[name].update(sections[name])
   return config
 
 

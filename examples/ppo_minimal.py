@@ -56,7 +56,7 @@ class Models(NamedTuple):
 def load_models() -> Models:
   """Loads the checkpoint that the package ships."""
   folder = run.resolve_checkpoint("builtin:tiny")
-  loaded, base, _ = convert.load_llava(folder, dtype="float32")
+  loaded, base, _ = convert.load_checkpoint(folder, dtype="float32")
   policy = loaded.clone(llm=loaded.llm.clone(rank=8))
   critic = policy.clone(scalar_head=True)
   return Models(policy, critic, base, tokenization.load_tokenizer(folder))

@@ -55,6 +55,8 @@ DTYPE = flags.DEFINE_string(
   "Type of the weights of --model: float32 or bfloat16. The default is float32 on a "
   "CPU and bfloat16 on other devices.",
 )
+# Flags that a run has settings for.
+MODEL_FLAGS = (TEMPLATE, FRAMES, FPS, MAX_FRAMES, MAX_PIXELS, DTYPE)
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share each matrix.", 1)
 VIDEO = flags.DEFINE_multi_string(
   "video",
@@ -90,6 +92,13 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)
   if (WORKDIR.value is None) == (MODEL.value is None):
     exit_with_error("give --workdir of a run, or --model of a checkpoint")
+  passed = [f"--{flag.name}" for flag in MODEL_FLAGS if flag.present]
+  if MODEL.value is None and passed:
+    exit_with_error(
+      f"{', '.join(passed)} can only be given with --model: the policies of --workdir "
+      "read videos as in training. Remove it, or export a stage with launch/export.py "
+      "and pass its folder by --model"
+    )
   if (VIDEO.value is None) != (PROMPT.value is None):
     exit_with_error("--video and --prompt require each other: pass both, or neither")
   from vlmrlaif_jax.core.errors import UserError
@@ -153,8 +162,7 @@ def print_answers(chat, limits, question) -> None:
   """Prints each policy's answer, and the sampled answers with their scores."""
   from vlmrlaif_jax.serving import chat_clip, chat_stream
 
-  clips = [chat_clip.read_clip(chat, path, limits) for path in VIDEO.value]
-  clip = chat_clip.join_clips(chat, clips)
+  clip = chat_clip.read_clips(chat, VIDEO.value, limits)
   *_, last = chat_stream.stream_side_by_side(chat, clip, {}, question)
   for name, answers in last.items():
     print(f"{name}: {answers.texts[answers.best]}")

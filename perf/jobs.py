@@ -239,7 +239,7 @@ def make_loading_job(bench: Bench, *, video: bool) -> Job:
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
   def run():
-    params = convert.load_llava(folder, quant=bench.base, mesh=mesh)[1]
+    params = convert.load_checkpoint(folder, quant=bench.base, mesh=mesh)[1]
     jax.block_until_ready(params)
 
   return Job(Part(run, 0), 0, {})
@@ -248,11 +248,11 @@ def make_loading_job(bench: Bench, *, video: bool) -> Job:
 def ensure_checkpoint(bench: Bench) -> Path:
   """Returns a folder of random weights in Hugging Face's layout, and writes it once."""
   folder = bench.scratch / f"llava-{bench.name}"
-  if not (folder / "config.json").exists():  # save_llava writes it last.
+  if not (folder / "config.json").exists():  # save_checkpoint writes it last.
     model = make_model(bench)
     params = make_random_arrays(get_shapes(model, "none"))["params"]
     config = convert.make_llava_config(model, image_token=model.llm.vocab - 1)
-    convert.save_llava(folder, params, config, dtype="bfloat16")
+    convert.save_checkpoint(folder, params, config, dtype="bfloat16")
   return folder
 
 

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 def measure(folder: pathlib.Path, quant: str) -> None:
   """Prints the memory of loading the large checkpoint of a folder."""
   mesh = sharding.make_mesh()
-  load = lambda name: convert.load_llava(
+  load = lambda name: convert.load_checkpoint(
     folder / name, dtype="bfloat16", mesh=mesh, quant=quant, note=print
   )
   # The small model stays in memory and malloc_trim returns free pages. Otherwise the

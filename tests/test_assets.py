@@ -35,14 +35,14 @@ def test_whole_checkpoint_takes_at_most_8_mb():
 
 
 def test_model_has_one_to_five_million_parameters():
-  params = convert.load_llava(FOLDER)[1]["params"]
+  params = convert.load_checkpoint(FOLDER)[1]["params"]
   text_tower = convert_clip.load(FOLDER / "clip")[1]["text"]
   count = sum(x.size for x in jax.tree.leaves((params, text_tower)))
   assert 1e6 <= count <= 5e6
 
 
 def test_logits_equal_those_of_transformers(tokenizer, pixels):
-  model, variables, config = convert.load_llava(FOLDER, dtype="float32")
+  model, variables, config = convert.load_checkpoint(FOLDER, dtype="float32")
   row = tokenization.encode_conversation(
     tokenizer,
     tokenization.CONVERSATION_TEMPLATES["brief"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from configs import front, ppo
+from configs import ppo, published
 from tests.helpers.rows import text_batch
 from tools.pretraining import qwen_tokenizer
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
@@ -30,7 +30,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def loaded():
   """(model, variables, config, processor)."""
-  made = convert.load_llava(FOLDER, dtype="float32")
+  made = convert.load_checkpoint(FOLDER, dtype="float32")
   model, _, published = made
   return *made, convert.load_processor(FOLDER, published, model, 12)
 
@@ -96,7 +96,7 @@ def test_preset_has_room_for_the_longer_prompts(tokenizer, loaded):
   more = count(tokenizer, TEMPLATE, video=lay_out(processor, CLIP)) - count(
     old, tokenization.get_template("brief"), video=lay_out(pooled, pooled.layout)
   )
-  tiny, larger = ppo.tiny(), front.use_qwen3_vl(ppo.tiny())
+  tiny, larger = ppo.tiny(), published.derive_preset({"tiny": ppo.tiny}, "tiny_qwen3vl")
   for section, name in (
     ("data", "prompt_len"),
     ("label", "judge_prompt_len"),

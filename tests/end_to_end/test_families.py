@@ -179,7 +179,7 @@ def test_merged_weights_and_adapters_have_the_logits_of_the_policy(trained):
   policy = lora.merge_lora(trained.variables, alpha)["params"]
   is_trained = "model.train_merger" in trained.case.settings
   for kind in ("merged", "adapter"):
-    _, found, _ = convert.load_llava(
+    _, found, _ = convert.load_checkpoint(
       root / kind, dtype="float32", train_merger=is_trained
     )
     close = functools.partial(np.testing.assert_allclose, atol=1e-6)

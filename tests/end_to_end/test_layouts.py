@@ -153,11 +153,11 @@ def test_adapter_without_a_config_of_its_own_is_a_checkpoint(tmp_path):
 def test_imported_exported_and_imported_again_is_bitwise_the_same(
   root, layout, tmp_path
 ):
-  _, variables, config = convert.load_llava(root / layout, dtype="float32")
+  _, variables, config = convert.load_checkpoint(root / layout, dtype="float32")
   want = variables["params"]
   section = small.config({}).model
   export.write_merged(
     tmp_path, {**variables, "lora": {}}, config, root / layout, section, "float32"
   )
-  got = convert.load_llava(tmp_path, dtype="float32")[1]["params"]
+  got = convert.load_checkpoint(tmp_path, dtype="float32")[1]["params"]
   jax.tree.map(np.testing.assert_array_equal, got, want)

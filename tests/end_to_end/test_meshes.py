@@ -125,7 +125,7 @@ def train(stage, mesh, folder):
     StageLog(folder, stage, STEPS, stream=io.StringIO()) as log,
     pytest.MonkeyPatch.context() as patch,
   ):
-    patch.setattr(loop.checkpoint, "save_checkpoint", lambda *given, **more: None)
+    patch.setattr(loop.checkpoint, "save_train_state", lambda *given, **more: None)
     job = TrainingJob(
       method=method,
       params=put({role: params[role] for role in TRAINED[stage]}),

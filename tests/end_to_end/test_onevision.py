@@ -40,7 +40,7 @@ def test_an_export_is_read_by_transformers_and_is_the_policy(root):
   export.export_stage(str(root / "run"), "ppo", str(root / "out"))
   kind = transformers.LlavaOnevisionForConditionalGeneration
   hf = kind.from_pretrained(root / "out")
-  model, got, _ = convert.load_llava(root / "out", dtype="float32")
+  model, got, _ = convert.load_checkpoint(root / "out", dtype="float32")
   jax.tree.map(np.testing.assert_array_equal, got, onevision.convert(model, hf))
   config = export.ConfigDict(export.read_json(root / "run" / "config.json"))
   run, _ = loading.load_run_without_data(
@@ -52,7 +52,7 @@ def test_an_export_is_read_by_transformers_and_is_the_policy(root):
   want = jax.device_get({**want, "vision": vision})
   jax.tree.map(np.testing.assert_array_equal, got["params"], want)
   assert (root / "out" / "video_preprocessor_config.json").exists()
-  _, base, _ = convert.load_llava(root / "model", dtype="float32")
+  _, base, _ = convert.load_checkpoint(root / "model", dtype="float32")
   base = base["params"]["vision"]
   change = jax.tree.map(lambda a, b: np.abs(a - b).max(), got["params"]["vision"], base)
   assert min(jax.tree.leaves(change.pop("merger"))) > 0
@@ -60,5 +60,5 @@ def test_an_export_is_read_by_transformers_and_is_the_policy(root):
 
 
 def test_an_adapter_cannot_have_a_trained_newline(root, tmp_path):
-  with pytest.raises(UserError, match="SFT trains .*image_newline"):
+  with pytest.raises(UserError, match="SFT trains image_newline .* Set --kind=merged"):
     export.export_stage(str(root / "run"), "ppo", str(tmp_path / "out"), kind="adapter")

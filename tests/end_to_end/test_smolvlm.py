@@ -44,11 +44,11 @@ def test_a_stage_trains(root, stage):
 def test_an_export_is_read_by_transformers(root):
   export.export_stage(str(root / "run"), "ppo", str(root / "out"))
   hf = transformers.SmolVLMForConditionalGeneration.from_pretrained(root / "out")
-  model, got, _ = convert.load_llava(root / "out", dtype="float32")
+  model, got, _ = convert.load_checkpoint(root / "out", dtype="float32")
   tensors = {name: x.numpy() for name, x in hf.state_dict().items()}
   want = convert_from_hf(HF, tensors, get_param_shapes(model))
   jax.tree.map(np.testing.assert_array_equal, got["params"], want)
-  _, base, _ = convert.load_llava(root / "model", dtype="float32")
+  _, base, _ = convert.load_checkpoint(root / "model", dtype="float32")
   ours, before = (flatten_dict(x["params"], sep="/") for x in (got, base))
   changed = {path for path, x in ours.items() if (x != before[path]).any()}
   assert {path for path in changed if path.startswith("vision")} == {MERGER}

@@ -33,7 +33,7 @@ def checkpoint(tiny_checkpoint, tmp_path_factory):
   # The base's own template takes no images.
   ignored = shutil.ignore_patterns("chat_template.jinja")
   shutil.copytree(tiny_checkpoint, base, dirs_exist_ok=True, ignore=ignored)
-  _, variables, config = convert.load_llava(base, dtype="float32")
+  _, variables, config = convert.load_checkpoint(base, dtype="float32")
   # As they are made, features are so small that the reply is the same to all.
   variables["params"]["projector"]["linear_2"]["kernel"] *= 20
   model = small.config({"model.path": str(base)}).model

@@ -131,7 +131,9 @@ def fuzz_checkpoints(folder: Path, rng: random.Random, count: int) -> Outcome:
   for name, path in configs.write_damaged(folder, rng, count):
 
     def load(path=path) -> str:
-      convert.load_llava(path, dtype="float32", tower=str(folder / "whole" / "tower"))
+      convert.load_checkpoint(
+        path, dtype="float32", tower=str(folder / "whole" / "tower")
+      )
       return ""
 
     _try(f"{path.name} ({name})", load, outcome)

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import av
 import jax
 import numpy as np
 
-from tests.helpers import stage_runs
+from tests.helpers import several, stage_runs
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.serving import chat_session
 
 
@@ -34,6 +37,28 @@ def opened(one, folder):
   """The chat with that workdir."""
   told = dict(max_prompt=256, note=lambda line: None)
   return chat_session.open_chat_workdir(str(workdir(one, folder)), mesh(), **told)
+
+
+def open_model(folder, note=lambda line: None, **settings):
+  """The chat with a checkpoint."""
+  model = run_lib.default_config()
+  model.update(
+    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
+  )
+  model.update(settings)
+  return chat_session.open_model(str(folder), model, mesh(), max_prompt=4096, note=note)
+
+
+def run_command(folder, files, question, *flags, max_new=64):
+  """The greedy answer that launch/chat.py prints about clips and images."""
+  process = subprocess.run(
+    [sys.executable, "launch/chat.py", f"--model={folder}",
+     *(f"--video={file}" for file in files), f"--prompt={question}", "--temperature=0",
+     f"--max_tokens={max_new}", "--dtype=float32", *flags],
+    cwd=several.ROOT, env=several.environment(), capture_output=True, text=True,
+  )  # fmt: skip
+  assert process.returncode == 0, process.stderr[-3000:]
+  return process.stdout.strip().removeprefix(f"{folder.name}:").strip()
 
 
 def write_clip(path, seconds=1):

@@ -4,11 +4,11 @@ import functools
 import json
 
 import numpy as np
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
 
+from tests.helpers import qwen
 from tests.helpers.checkpoints import shake
 from vlmrlaif_jax.data.processors.llava_onevision import (
   LlavaOnevisionProcessor,
@@ -180,16 +180,4 @@ def write_original(folder, hf, **settings):
 
 def make_tokenizer(template=TEMPLATE):
   """Bytes, a few words, and the special tokens of LLaVA-OneVision."""
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-  split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.pre_tokenizer, tokenizer.decoder = split, tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=300, initial_alphabet=split.alphabet(), show_progress=False
-  )
-  said = ["What happens in the video? The red ring moves.", "user assistant"]
-  tokenizer.train_from_iterator(said, trainer)
-  tokenizer.add_special_tokens(SPECIAL)
-  return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-    additional_special_tokens=SPECIAL, chat_template=template,
-  )  # fmt: skip
+  return qwen.make_tokenizer(template, SPECIAL, "user assistant")

@@ -12,6 +12,7 @@ pip install --no-deps --target "$folder" torchvision==0.28.0
 Without it, tests marked `torchvision` are deselected; in CI that is an error.
 """
 
+import operator
 import os
 import pathlib
 import pickle
@@ -27,8 +28,8 @@ _ENTRY = "from tests.helpers import processor_oracle; processor_oracle.main()"
 class Call(NamedTuple):
   """A call of an object of transformers, or the object itself."""
 
-  name: str  # Name of the class in transformers.
-  settings: dict[str, Any]  # Arguments of the class, of which some may be a Call.
+  name: str  # Name of the class in transformers, or of its method that makes one.
+  settings: dict[str, Any]  # Arguments of that, of which some may be a Call.
   arguments: dict[str, Any] = {}  # Arguments of the call.
 
 
@@ -83,4 +84,4 @@ def _build(call: Call):
     name: _build(value) if isinstance(value, Call) else value
     for name, value in call.settings.items()
   }
-  return getattr(transformers, call.name)(**settings)
+  return operator.attrgetter(call.name)(transformers)(**settings)

@@ -48,20 +48,20 @@ TEMPLATE = """\
 PIXELS = {"shortest_edge": 256, "longest_edge": 8192}  # Of images and clips.
 
 
-def make_tokenizer():
-  """Bytes, a few words, and the special tokens of Qwen."""
+def make_tokenizer(template=TEMPLATE, special=SPECIAL, words="1.5 seconds, user"):
+  """Bytes, a few words, and the special tokens of Qwen or of a relative."""
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.pre_tokenizer, tokenizer.decoder = split, tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=300, initial_alphabet=split.alphabet(), show_progress=False
   )
-  said = ["What happens in the video? The red ring moves.", "1.5 seconds, user"]
+  said = ["What happens in the video? The red ring moves.", words]
   tokenizer.train_from_iterator(said, trainer)
-  tokenizer.add_special_tokens(SPECIAL)
+  tokenizer.add_special_tokens(special)
   return transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-    additional_special_tokens=SPECIAL, chat_template=TEMPLATE,
+    additional_special_tokens=special, chat_template=template,
   )  # fmt: skip
 
 

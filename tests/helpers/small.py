@@ -35,7 +35,7 @@ def write_checkpoint(folder, seed=0):
   params = jax.jit(model.init)(jax.random.key(seed), batch)["params"]
   image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
   config = convert.make_llava_config(model, image_token=image)
-  convert.save_llava(folder, params, config, dtype="float32")
+  convert.save_checkpoint(folder, params, config, dtype="float32")
   return folder
 
 

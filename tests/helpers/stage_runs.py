@@ -41,7 +41,9 @@ def started(settings, workdir):
 
 def save(run, stage, params):
   state = TrainState(jnp.int32(1), params, jnp.zeros(1))
-  checkpoint.save_checkpoint(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
+  checkpoint.save_train_state(
+    str(run.workdir / stage / "checkpoints"), state, 1, keep=1
+  )
 
 
 class Trained(NamedTuple):

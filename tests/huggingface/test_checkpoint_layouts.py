@@ -31,7 +31,9 @@ def root(model, tmp_path_factory):
 def load(folder, **settings):
   """(model, variables, the line that tells what was found)."""
   lines = []
-  found = convert.load_llava(folder, dtype="float32", note=lines.append, **settings)
+  found = convert.load_checkpoint(
+    folder, dtype="float32", note=lines.append, **settings
+  )
   return *found[:2], lines[0]
 
 

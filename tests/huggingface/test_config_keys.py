@@ -75,7 +75,7 @@ REFUSED = {
 def test_value_that_would_change_the_result_is_refused(root, tmp_path, key):
   folder = copy(root / "hf", tmp_path / "x", **REFUSED[key])
   with pytest.raises(ValueError, match=key):
-    convert.load_llava(folder, dtype="float32")
+    convert.load_checkpoint(folder, dtype="float32")
 
 
 HARMLESS = dict(
@@ -130,7 +130,7 @@ def test_key_of_the_original_layout_is_refused(root, tmp_path, key, value):
   folder = copy(root / "original", tmp_path / "x", **more)
   name = {"mm_vision_select_layer": "vision_feature_layer", "mm_vision_tower": "tower"}
   with pytest.raises((ValueError, FileNotFoundError), match=name.get(key, key)):
-    convert.load_llava(folder)
+    convert.load_checkpoint(folder)
 
 
 # Preprocessing.

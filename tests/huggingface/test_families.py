@@ -49,7 +49,7 @@ def build(name):
 
 @functools.cache
 def load(folder):
-  return convert.load_llava(folder, dtype="float32")
+  return convert.load_checkpoint(folder, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_greedy_text_equals_transformers(root, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_loads_the_export(root, tmp_path, name):
   _, variables, config = load(root / name)
-  convert.save_llava(tmp_path, variables["params"], config, "float32")
+  convert.save_checkpoint(tmp_path, variables["params"], config, "float32")
   again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
   np.testing.assert_array_equal(made.theirs(again.eval()), made.theirs(build(name)))
 
@@ -105,8 +105,8 @@ def test_transformers_loads_the_export(root, tmp_path, name):
 def test_config_that_is_made_of_a_model_is_read_back(root, tmp_path, name):
   model, variables, _ = load(root / name)
   config = convert.make_llava_config(model, image_token=made.IMAGE)
-  convert.save_llava(tmp_path, variables["params"], config, "float32")
-  assert convert.load_llava(tmp_path, dtype="float32")[0] == model
+  convert.save_checkpoint(tmp_path, variables["params"], config, "float32")
+  assert convert.load_checkpoint(tmp_path, dtype="float32")[0] == model
 
 
 @pytest.mark.parametrize("text", ["mistral", "qwen2"])
@@ -114,13 +114,13 @@ def test_row_that_is_longer_than_the_window_is_an_error(tmp_path, text):
   window = dict(use_sliding_window=True, max_window_layers=1) if text == "qwen2" else {}
   made.llava(text, settings=dict(sliding_window=23, **window)).save_pretrained(tmp_path)
   with pytest.raises(UserError, match="sliding_window=23 .* a row has 24 tokens"):
-    made.ours(*convert.load_llava(tmp_path, dtype="float32")[:2])
+    made.ours(*convert.load_checkpoint(tmp_path, dtype="float32")[:2])
 
 
 def test_window_that_no_layer_uses_is_no_window(tmp_path):
   settings = dict(sliding_window=4, use_sliding_window=False)
   made.llava("qwen2", settings=settings).save_pretrained(tmp_path)
-  assert convert.load_llava(tmp_path, dtype="float32")[0].llm.window is None
+  assert convert.load_checkpoint(tmp_path, dtype="float32")[0].llm.window is None
 
 
 def test_another_mean_of_pixels_is_used(tmp_path):
@@ -128,7 +128,7 @@ def test_another_mean_of_pixels_is_used(tmp_path):
   preprocessor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 1.0, 2.0]}
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
   notes = []
-  model, _, _ = convert.load_llava(tmp_path, dtype="float32", note=notes.append)
+  model, _, _ = convert.load_checkpoint(tmp_path, dtype="float32", note=notes.append)
   got = model.vision.normalize(jnp.full((1, 1, 3), 255, jnp.uint8))
   np.testing.assert_allclose(got[0, 0], [1.8, 0.8, 0.35], rtol=1e-6)
   assert "normalized by image_mean=[0.1, 0.2, 0.3]" in notes[0]
@@ -167,7 +167,7 @@ SCALED = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
 def test_original_layout_equals_transformers(tmp_path, tower, model_type, name, config):
   model = build(name) if name in MODELS else made.llava(name)
   folder = write_original(tmp_path / "x", model, tower, model_type=model_type, **config)
-  got = made.ours(*convert.load_llava(folder, dtype="float32")[:2])
+  got = made.ours(*convert.load_checkpoint(folder, dtype="float32")[:2])
   np.testing.assert_allclose(got, made.theirs(model), atol=2e-5)
 
 
@@ -179,11 +179,11 @@ def test_other_language_model_of_the_original_layout_is_named(
 ):
   folder = write_original(tmp_path / "x", made.llava(), tower, model_type=model_type)
   with pytest.raises(ValueError, match=f"model_type must be one of .*{model_type}"):
-    convert.load_llava(folder)
+    convert.load_checkpoint(folder)
 
 
 def test_trained_tower_that_is_not_among_the_files_is_an_error(tmp_path, tower):
   config = dict(unfreeze_mm_vision_tower=True)
   folder = write_original(tmp_path / "x", made.llava(), tower, **config)
   with pytest.raises(ValueError, match="unfreeze_mm_vision_tower"):
-    convert.load_llava(folder)
+    convert.load_checkpoint(folder)

@@ -16,14 +16,18 @@ def root(tmp_path_factory):
   root = tmp_path_factory.mktemp("onevision")
   (root / "hf").mkdir()
   hf = onevision.write_checkpoint(root / "hf")
-  video = dict(mm_newline_position="grid", mm_spatial_pool_mode="average")
+  video = dict(
+    mm_newline_position="grid",
+    mm_spatial_pool_mode="average",
+    add_time_instruction=True,
+  )
   onevision.write_original(root / "original", hf, frames_upbound=64, **video)
   return hf, root
 
 
 def test_parameters_and_processor_are_those_of_transformers(root):
   hf, folder = root
-  model, variables, config = convert.load_llava(folder / "hf", dtype="float32")
+  model, variables, config = convert.load_checkpoint(folder / "hf", dtype="float32")
   jax.tree.map(np.testing.assert_array_equal, variables, onevision.convert(model, hf))
   assert model.llm.tied and model.vision.newline == "one_token"
   got = convert.load_processor(folder / "hf", config, model, frames=8)
@@ -31,23 +35,23 @@ def test_parameters_and_processor_are_those_of_transformers(root):
 
 
 def test_layout_of_the_llava_repository_is_opened(root):
-  """LLaVA-Video has newlines after each row, and average pooling."""
+  """LLaVA-Video has newlines after each row, average pooling and times."""
   hf, folder = root
-  model, got, config = convert.load_llava(folder / "original", dtype="float32")
+  model, got, config = convert.load_checkpoint(folder / "original", dtype="float32")
   jax.tree.map(np.testing.assert_array_equal, got, onevision.convert(model, hf))
   assert (model.vision.newline, model.vision.pool) == ("grid", "average")
   processor = convert.load_processor(folder / "original", config, model, frames=8)
   assert processor == LlavaOnevisionProcessor(
     image=onevision.IMAGE, patch=onevision.PATCH, pinpoints=onevision.PINPOINTS,
-    width=32, frames=64, newline="grid", pool="average",
+    width=32, frames=64, newline="grid", pool="average", has_times=True,
   )  # fmt: skip
 
 
 def test_layout_that_transformers_lacks_is_not_exported(root, tmp_path):
   _, folder = root
-  _, variables, config = convert.load_llava(folder / "original", dtype="float32")
+  _, variables, config = convert.load_checkpoint(folder / "original", dtype="float32")
   with pytest.raises(ValueError, match="mm_newline_position is 'grid'"):
-    convert.save_llava(tmp_path, variables["params"], config)
+    convert.save_checkpoint(tmp_path, variables["params"], config)
 
 
 @pytest.mark.parametrize("name", ["hf", "original"])
@@ -55,10 +59,11 @@ def test_layout_that_transformers_lacks_is_not_exported(root, tmp_path):
 def test_what_is_written_is_read_again(root, tmp_path, name, train_merger):
   hf, folder = root
   options = dict(dtype="float32", train_merger=train_merger)
-  _, variables, config = convert.load_llava(folder / name, **options)
+  _, variables, config = convert.load_checkpoint(folder / name, **options)
   config = {**config, "mm_newline_position": "one_token"}
-  config.pop("mm_spatial_pool_mode", None)
-  convert.save_llava(tmp_path, variables["params"], config, **options)
+  for key in ("mm_spatial_pool_mode", "add_time_instruction"):
+    config.pop(key, None)
+  convert.save_checkpoint(tmp_path, variables["params"], config, **options)
   again = type(hf).from_pretrained(tmp_path).state_dict()
   for key, x in hf.state_dict().items():
     np.testing.assert_array_equal(again[key], x)

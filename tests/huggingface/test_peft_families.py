@@ -63,7 +63,7 @@ def test_logits_with_an_adapter_equal_peft(base, tmp_path):
     folder = tmp_path / name
     before, want = write_trained(folder, base, settings)
     assert np.abs(want - before).max() > 0.01, name
-    model, variables, _ = convert.load_llava(folder, dtype="float32")
+    model, variables, _ = convert.load_checkpoint(folder, dtype="float32")
     got = qwen.our_logits(model, variables)
     np.testing.assert_allclose(got, want, atol=1e-4, err_msg=name)
     assert checkpoint_folders.find_processor_folder(folder) == base
@@ -77,4 +77,4 @@ def test_adapter_of_another_model_is_named(base, tmp_path):
   tensors[name] = torch.zeros(4, 48)
   safetensors.torch.save_file(tensors, wide)
   with pytest.raises(ValueError, match="belongs to another model"):
-    convert.load_llava(tmp_path)
+    convert.load_checkpoint(tmp_path)

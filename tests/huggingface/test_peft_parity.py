@@ -78,14 +78,14 @@ def test_logits_with_an_adapter_equal_peft(root, tmp_path, name):
   want = write_trained(tmp_path / "x", root / "llama", "llama", config)
   base = made.theirs(made.llava())
   assert np.abs(want - base).max() > 0.05
-  got = made.ours(*convert.load_llava(tmp_path / "x", dtype="float32")[:2])
+  got = made.ours(*convert.load_checkpoint(tmp_path / "x", dtype="float32")[:2])
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_biases_of_an_adapter_are_used(root, tmp_path):
   config = peft.LoraConfig(r=4, target_modules=ATTENTION, bias="lora_only")
   want = write_trained(tmp_path / "x", root / "qwen2", "qwen2", config)
-  got = made.ours(*convert.load_llava(tmp_path / "x", dtype="float32")[:2])
+  got = made.ours(*convert.load_checkpoint(tmp_path / "x", dtype="float32")[:2])
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -101,13 +101,13 @@ def test_setting_that_is_not_supported_is_named(root, tmp_path, key):
   config = peft.LoraConfig(r=4, target_modules=ATTENTION, **REFUSED[key])
   write_trained(tmp_path / "x", root / "llama", "llama", config)
   with pytest.raises(ValueError, match=f"adapter_config.json: {key}.*PEFT"):
-    convert.load_llava(tmp_path / "x", dtype="float32")
+    convert.load_checkpoint(tmp_path / "x", dtype="float32")
 
 
 def test_update_of_an_output_matrix_unties_it(root, tmp_path):
   config = peft.LoraConfig(r=4, **CONFIGS["lm_head"])
   want = write_trained(tmp_path / "x", root / "qwen2", "qwen2", config)
-  got = made.ours(*convert.load_llava(tmp_path / "x", dtype="float32")[:2])
+  got = made.ours(*convert.load_checkpoint(tmp_path / "x", dtype="float32")[:2])
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -115,7 +115,7 @@ def test_update_of_an_embedding_that_is_the_output_matrix_is_refused(root, tmp_p
   config = peft.LoraConfig(r=4, **CONFIGS["embedding"])
   write_trained(tmp_path / "x", root / "qwen2", "qwen2", config)
   with pytest.raises(ValueError, match="tie_word_embeddings"):
-    convert.load_llava(tmp_path / "x", dtype="float32")
+    convert.load_checkpoint(tmp_path / "x", dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_adapter_of_another_kind_is_named(root, tmp_path, config):
   model.save_pretrained(tmp_path)
   kind = config.peft_type.value
   with pytest.raises(ValueError, match=f'peft_type must be "LORA", got .{kind}'):
-    convert.load_llava(tmp_path)
+    convert.load_checkpoint(tmp_path)

@@ -36,7 +36,7 @@ def copy(made, tmp_path):
 def test_parameters_are_those_of_transformers(made, layout):
   hf, folders = made
   notes = []
-  model, variables, config = convert.load_llava(
+  model, variables, config = convert.load_checkpoint(
     folders[layout], dtype="float32", note=notes.append
   )
   want = qwen2_5.convert_tensors(model, hf)
@@ -63,8 +63,8 @@ def test_settings_of_the_processor_are_read(made, layout):
 
 def test_what_is_written_is_what_transformers_reads(made, tmp_path):
   hf, folders = made
-  _, variables, config = convert.load_llava(folders["published"], dtype="float32")
-  convert.save_llava(tmp_path, variables["params"], config, dtype="float32")
+  _, variables, config = convert.load_checkpoint(folders["published"], dtype="float32")
+  convert.save_checkpoint(tmp_path, variables["params"], config, dtype="float32")
   again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
   want = hf.state_dict()
   assert again.state_dict().keys() == want.keys()
@@ -94,7 +94,7 @@ def test_what_is_written_is_what_transformers_reads(made, tmp_path):
 def test_unsupported_values_are_refused_by_name(copy, values, reason):
   change(copy / "config.json", **values)
   with pytest.raises(ValueError, match=reason):
-    convert.load_llava(copy)
+    convert.load_checkpoint(copy)
 
 
 def test_settings_of_the_processor_that_differ_are_all_named(copy):

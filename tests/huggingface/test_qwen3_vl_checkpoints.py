@@ -42,7 +42,7 @@ def change(file, **values):
 
 def test_parameters_are_those_of_transformers(made):
   hf, folder = made
-  model, variables, _ = convert.load_llava(folder, dtype="float32")
+  model, variables, _ = convert.load_checkpoint(folder, dtype="float32")
   want = qwen.convert(model, hf)
   jax.tree.map(np.testing.assert_array_equal, variables, want)
   assert model.llm.mrope == qwen.SECTIONS and model.llm.tied
@@ -50,15 +50,15 @@ def test_parameters_are_those_of_transformers(made):
 
 def test_a_mesh_has_the_same_parameters(made):
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
-  _, spread, _ = convert.load_llava(made[1], dtype="float32", mesh=mesh)
-  _, want, _ = convert.load_llava(made[1], dtype="float32")
+  _, spread, _ = convert.load_checkpoint(made[1], dtype="float32", mesh=mesh)
+  _, want, _ = convert.load_checkpoint(made[1], dtype="float32")
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), want)
 
 
 def test_what_is_written_is_what_transformers_reads(made, tmp_path):
   hf, folder = made
-  _, variables, config = convert.load_llava(folder, dtype="float32")
-  convert.save_llava(tmp_path, variables["params"], config, dtype="float32")
+  _, variables, config = convert.load_checkpoint(folder, dtype="float32")
+  convert.save_checkpoint(tmp_path, variables["params"], config, dtype="float32")
   again = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
   want = hf.state_dict()
   assert again.state_dict().keys() == want.keys()
@@ -94,7 +94,7 @@ def test_settings_of_the_processor_are_read(made):
 def test_unsupported_values_are_refused_by_name(copy, values, reason):
   change(copy / "config.json", **values)
   with pytest.raises(ValueError, match=reason):
-    convert.load_llava(copy)
+    convert.load_checkpoint(copy)
 
 
 def test_unsupported_settings_of_the_processor_are_refused_by_name(copy):

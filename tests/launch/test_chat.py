@@ -40,6 +40,10 @@ def test_the_terminal_prints_an_answer(tiny_checkpoint, tmp_path):
   "argv, told",
   [
     (["--model=x", "--workdir=y"], "give --workdir of a run, or --model of"),
+    (
+      ["--workdir=y", "--fps=1", "--frames=3"],
+      "--frames, --fps can only be given with",
+    ),
     (["--model=x", "--prompt=Why?"], "--video and --prompt require each other"),
   ],
 )

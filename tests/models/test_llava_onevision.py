@@ -10,7 +10,7 @@ import transformers
 
 from tests.helpers import onevision
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.data.processors.interface import Grid, Visual
+from vlmrlaif_jax.data.processors.interface import Grid, Visual, mark_several
 from vlmrlaif_jax.huggingface import families, param_mapping
 from vlmrlaif_jax.models import layers, llava_onevision, lora, projector, vlm
 from vlmrlaif_jax.models.decoders import qwen2
@@ -120,10 +120,14 @@ def test_newlines_are_where_the_layout_has_them(encode, newline):
 IMAGES = [(22, 22), (40, 90), (100, 31), (66, 66), (130, 132), (300, 90)]
 
 
-def their_image(hf, crops, size):
+def their_images(hf, images, sizes):
+  """Features of the images of one prompt, each of several crops."""
+  count = torch.tensor([len(sizes)])
   with torch.no_grad():
-    out = hf.model.get_image_features(crops[None], torch.tensor([size]))
-  return out.pooler_output[0].numpy()
+    out = hf.model.get_image_features(
+      torch.stack(images), torch.tensor(sizes), batch_num_images=count
+    )
+  return [x.numpy() for x in out.pooler_output]
 
 
 @pytest.mark.parametrize("size", IMAGES)
@@ -131,10 +135,23 @@ def test_features_of_an_image_equal_transformers(encode, size):
   hf, *_ = onevision.pair()
   grid = SMALL.choose_grid(*size, None)
   crops, pixels = onevision.make_squares(grid.time)
-  want = their_image(hf, crops, size)
+  (want,) = their_images(hf, [crops[:-1]], [size])
   got = SMALL.arrange(np.asarray(encode(pixels, CROP)), Visual(grid, size=size))
   np.testing.assert_allclose(got, want, atol=2e-5)
   assert SMALL.write_text(Visual(grid, size=size))[0] == len(want)
+
+
+def test_features_of_several_images_equal_transformers(encode):
+  hf, *_ = onevision.pair()
+  layouts = mark_several(
+    [Visual(SMALL.choose_grid(*size, None), size=size) for size in IMAGES[:2]]
+  )
+  made = [onevision.make_squares(layout.grid.time) for layout in layouts]
+  wants = their_images(hf, [crops[-1:] for crops, _ in made], IMAGES[:2])
+  for layout, (_, pixels), want in zip(layouts, made, wants, strict=True):
+    got = SMALL.arrange(np.asarray(encode(pixels, CROP)), layout)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    assert SMALL.write_text(layout)[0] == len(want) == 26
 
 
 def test_features_of_more_than_nine_crops_are_resampled():

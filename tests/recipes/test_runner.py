@@ -127,7 +127,7 @@ def test_an_evaluation_runs_again_for_more_benchmarks(tmp_path, ran):
 
 def save_policy(folder):
   state = TrainState(np.int32(1), {"x": np.zeros(1)}, np.zeros(1))
-  checkpoint.save_checkpoint(str(folder / "checkpoints"), state, 1, keep=1)
+  checkpoint.save_train_state(str(folder / "checkpoints"), state, 1, keep=1)
 
 
 def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):

@@ -111,7 +111,7 @@ def test_models_are_loaded_in_the_form_of_the_config(run, monkeypatch, scheme):
   model = front.model_tiny()
   model.update(quant=scheme)
   load = lambda path, **given: (run.policy, run.base, given)
-  monkeypatch.setattr(loading.convert, "load_llava", load)
+  monkeypatch.setattr(loading.convert, "load_checkpoint", load)
   *_, given = loading.load_model(model, run.workdir, run.mesh, quiet)
   assert given["quant"] == scheme
 

@@ -1,12 +1,7 @@
 """Answers of a Qwen3-VL about clips and images equal those of transformers."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
-import av
 import jax
 import numpy as np
 import pytest
@@ -20,29 +15,15 @@ from vlmrlaif_jax.data import tokenization, video
 from vlmrlaif_jax.data.processors.interface import lay_out
 from vlmrlaif_jax.data.templates import MEDIA_MARK
 from vlmrlaif_jax.runtime import answering
-from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.sampling.generate import generate
-from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
+from vlmrlaif_jax.serving import chat_clip, chat_stream
 
 CLIPS = {  # Name -> (frames, rate, height, width).
   "short": (10, 10, 64, 64),
   "wide": (33, 12, 60, 110),
   "long": (100, 25, 90, 70),
 }
-ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
-
-
-def write_clip(path, count, rate, height, width):
-  rng = np.random.default_rng(count)
-  with av.open(str(path), "w") as container:
-    stream = container.add_stream("mpeg4", rate=rate)
-    stream.width, stream.height = width, height
-    for _ in range(count):
-      pixels = rng.integers(0, 256, (6, 6, 3), np.uint8).repeat(20, 0).repeat(20, 1)
-      frame = av.VideoFrame.from_ndarray(pixels[:height, :width], format="rgb24")
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode())
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +32,7 @@ def made(tmp_path_factory):
   folder = tmp_path_factory.mktemp("qwen")
   hf = qwen.write_checkpoint(folder)
   for name, clip in CLIPS.items():
-    write_clip(folder / f"{name}.mp4", *clip)
+    chats.write_squares(folder / f"{name}.mp4", *clip)
   pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
   Image.fromarray(pixels.repeat(15, 0).repeat(15, 1)).save(folder / "image.png")
   return hf, folder
@@ -59,14 +40,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talk(made):
-  model = run_lib.default_config()
-  model.update(
-    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0,
-    grids="exact",
-  )  # fmt: skip
-  return chat_session.open_model(
-    str(made[1]), model, chats.mesh(), max_prompt=4096, note=lambda line: None
-  )
+  return chats.open_model(made[1], grids="exact")
 
 
 # Name -> the contents of the turns of a conversation, of which the last is open.
@@ -146,24 +120,14 @@ def say(hf, given, length=64):
 @pytest.mark.torchvision
 def test_the_command_prints_the_answer_of_transformers(made, prompts):
   hf, folder = made
-  flags = [f"--video={folder / 'wide.mp4'}", f"--image={folder / 'image.png'}",
-           f"--video={folder / 'short.mp4'}"]  # fmt: skip
-  process = subprocess.run(
-    [sys.executable, "launch/chat.py", f"--model={folder}", *flags,
-     f"--prompt={QUESTION}", "--temperature=0", "--max_tokens=64", "--dtype=float32"],
-    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-    text=True,
-  )  # fmt: skip
-  assert process.returncode == 0, process.stderr[-3000:]
-  want = say(hf, prompts["several"])
-  assert process.stdout.strip() == f"{folder.name}: {want}".strip()
+  got = chats.run_command(folder, list_files(folder, TALKS["several"]), QUESTION)
+  assert got == say(hf, prompts["several"])
 
 
 def read_clips(talk, folder, contents):
-  limits = chat_clip.ClipLimits()
-  files = list_files(folder, contents)
-  clips = [chat_clip.read_clip(talk, file, limits) for file in files]
-  return chat_clip.join_clips(talk, clips)
+  return chat_clip.read_clips(
+    talk, list_files(folder, contents), chat_clip.ClipLimits()
+  )
 
 
 @pytest.mark.torchvision

@@ -1,10 +1,6 @@
 """Answers of a LLaVA-OneVision about clips equal those of transformers' generate."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +14,21 @@ from tests.helpers import chats, onevision
 from tests.helpers.processor_oracle import Call, run_calls
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.data import video
-from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
+from vlmrlaif_jax.serving import chat_clip, chat_stream
 
 CLIPS = {  # Name -> (frames, frames per second, height, width).
   "short": (6, 10, 64, 64),
   "wide": (33, 12, 60, 110),
   "long": (100, 25, 90, 70),
 }
-ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
+IMAGES = {"image.gif": (40, 91), "tall.gif": (60, 35)}  # Name -> height and width.
+# Name -> the clips and images of a prompt; those of one are named as it is.
+TALKS = {
+  **{name: [name] for name in (*CLIPS, "image.gif")},
+  "several": ["image.gif", "tall.gif"],
+  "mixed": ["image.gif", "tall.gif", "short"],  # The template writes images first.
+}
 FRAMES = 6
 
 
@@ -38,40 +39,39 @@ def made(tmp_path_factory):
   hf = onevision.write_checkpoint(folder, FRAMES)
   for name, clip in CLIPS.items():
     chats.write_squares(folder / f"{name}.mp4", *clip)
-  Image.fromarray(make_frames(1, 40, 91)[0]).save(folder / "image.gif")
+  for name, size in IMAGES.items():
+    Image.fromarray(make_frames(1, *size)[0]).save(folder / name)
   return hf, folder
 
 
 @pytest.fixture(scope="module")
 def talk(made):
-  model = run_lib.default_config()
-  model.update(
-    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
-  )
-  return chat_session.open_model(
-    str(made[1]), model, chats.mesh(), max_prompt=4096, note=lambda line: None
-  )
+  return chats.open_model(made[1])
 
 
-def their_prompt(made, name, template):
-  """A call of transformers' processor with a clip, or an image, and the question."""
+def their_prompt(made, names, template):
+  """A call of transformers' processor with clips and images, and the question."""
   tokenizer = onevision.make_tokenizer(template)
-  kind = "video" if name in CLIPS else "image"
-  content = [{"type": kind}, {"type": "text", "text": QUESTION}]
+  kinds = [{"type": "video" if name in CLIPS else "image"} for name in names]
+  content = [*kinds, {"type": "text", "text": QUESTION}]
   text = tokenizer.apply_chat_template(
     [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
   )
   side = dict(height=onevision.IMAGE, width=onevision.IMAGE)
   settings = dict(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
   pinpoints = dict(image_grid_pinpoints=[list(x) for x in onevision.PINPOINTS])
-  if kind == "video":
+  media = {}
+  for name in names:
+    if name not in CLIPS:
+      pixels = np.asarray(Image.open(made[1] / name).convert("RGB"))
+      media.setdefault("images", [[]])[0].append(pixels)
+      continue
     count, rate, *_ = CLIPS[name]
-    frames = video.decode_video(made[1] / f"{name}.mp4", count)
+    media["videos"] = [video.decode_video(made[1] / f"{name}.mp4", count)]
     metadata = dict(total_num_frames=count, fps=float(rate))
-    sampling = dict(do_sample_frames=True, num_frames=FRAMES, video_metadata=[metadata])
-    media = dict(videos=[frames], videos_kwargs=sampling)
-  else:
-    media = dict(images=[np.asarray(Image.open(made[1] / name).convert("RGB"))])
+    media["videos_kwargs"] = dict(
+      do_sample_frames=True, num_frames=FRAMES, video_metadata=[metadata]
+    )
   backend = dict(tokenizer_object=tokenizer.backend_tokenizer)
   return Call(
     "LlavaOnevisionProcessor",
@@ -89,17 +89,15 @@ def their_prompt(made, name, template):
 @pytest.fixture(scope="module")
 def prompts(made):
   """Name -> what the processor of transformers makes of a clip and the question."""
-  names = [*CLIPS, "image.gif"]
-  calls = [their_prompt(made, name, onevision.TEMPLATE) for name in names]
-  calls.append(their_prompt(made, "short", onevision.OLD_TEMPLATE))
-  return dict(zip([*names, "old"], run_calls(calls), strict=True))
+  calls = [their_prompt(made, names, onevision.TEMPLATE) for names in TALKS.values()]
+  calls.append(their_prompt(made, ["short"], onevision.OLD_TEMPLATE))
+  return dict(zip([*TALKS, "old"], run_calls(calls), strict=True))
 
 
 def say(hf, given):
   """The greedy answer of transformers."""
   tokenizer = onevision.make_tokenizer()
   inputs = {key: torch.tensor(value) for key, value in given.items()}
-  inputs.pop("batch_num_images", None)
   with torch.no_grad():
     out = hf.generate(
       **inputs, max_new_tokens=64, do_sample=False,
@@ -112,20 +110,13 @@ def say(hf, given):
 @pytest.mark.torchvision
 def test_the_command_prints_the_answer_of_transformers(made, prompts):
   hf, folder = made
-  process = subprocess.run(
-    [sys.executable, "launch/chat.py", f"--model={folder}",
-     f"--video={folder / 'wide.mp4'}", f"--prompt={QUESTION}", "--temperature=0",
-     "--max_tokens=64", "--dtype=float32"],
-    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-    text=True,
-  )  # fmt: skip
-  assert process.returncode == 0, process.stderr[-3000:]
-  assert process.stdout.strip() == f"{folder.name}: {say(hf, prompts['wide'])}".strip()
+  got = chats.run_command(folder, [folder / "wide.mp4"], QUESTION)
+  assert got == say(hf, prompts["wide"])
 
 
 def read(talk, folder, name):
-  file = name if "." in name else f"{name}.mp4"
-  return chat_clip.read_clip(talk, folder / file, chat_clip.ClipLimits())
+  files = [folder / (f"{x}.mp4" if x in CLIPS else x) for x in TALKS[name]]
+  return chat_clip.read_clips(talk, files, chat_clip.ClipLimits())
 
 
 def assert_same_ids(batch, given):
@@ -137,7 +128,7 @@ def assert_same_ids(batch, given):
 
 
 @pytest.mark.torchvision
-@pytest.mark.parametrize("name", [*CLIPS, "image.gif"])
+@pytest.mark.parametrize("name", TALKS)
 def test_greedy_answers_equal_transformers(made, talk, prompts, name):
   hf, folder = made
   clip, given = read(talk, folder, name), prompts[name]
@@ -163,6 +154,8 @@ def encode_their_pixels(talk, clip, given):
   side = onevision.SIDE * onevision.PATCH
   squares = np.moveaxis(given[kind][0], 1, -1)[:, :side, :side]
   patches = onevision.cut_square_patches(squares, onevision.PATCH)
+  if kind == "pixel_values":  # The padded image is not used.
+    patches = np.pad(patches, [(0, onevision.SIDE**2), (0, 0)])
   run, (count, *grid) = talk.run, clip.layouts[0].grid
   encode = jax.jit(
     functools.partial(run.policy.apply, method="encode", grid=tuple(grid))

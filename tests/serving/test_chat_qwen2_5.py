@@ -4,21 +4,16 @@ They are compared with a loop over the forward pass of transformers, whose `gene
 counts other positions after a video; see helpers/qwen2_5.py.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from tests.data.processors.clips import assert_pixels_close
 from tests.helpers import chats, qwen, qwen2_5
 from tests.helpers.processor_oracle import Call, run_calls
-from tests.serving.test_chat_qwen3 import CLIPS, QUESTION, ROOT
+from tests.serving.test_chat_qwen3 import CLIPS, QUESTION
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.data.processors.interface import process_frames
-from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
+from vlmrlaif_jax.serving import chat_clip, chat_stream
 
 MAX_NEW = 24
 
@@ -36,19 +31,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talk(made):
-  model = run_lib.default_config()
-  model.update(
-    template="",
-    prompts="brief",
-    frames=8,
-    clip_frames=8,
-    lora_rank=0,
-    lora_alpha=1.0,
-    grids="exact",
-  )
-  return chat_session.open_model(
-    str(made[1]), model, chats.mesh(), max_prompt=4096, note=lambda line: None
-  )
+  return chats.open_model(made[1], grids="exact")
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +74,8 @@ def say(hf, given):
 @pytest.mark.torchvision
 def test_the_command_prints_the_answer_of_transformers(made, prompts):
   hf, folder = made
-  process = subprocess.run(
-    [sys.executable, "launch/chat.py", f"--model={folder}",
-     f"--video={folder / 'wide.mp4'}", f"--prompt={QUESTION}", "--temperature=0",
-     f"--max_tokens={MAX_NEW}", "--dtype=float32"],
-    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-    text=True,
-  )  # fmt: skip
-  assert process.returncode == 0, process.stderr[-3000:]
-  assert process.stdout.strip() == f"{folder.name}: {say(hf, prompts['wide'])}".strip()
+  got = chats.run_command(folder, [folder / "wide.mp4"], QUESTION, max_new=MAX_NEW)
+  assert got == say(hf, prompts["wide"])
 
 
 @pytest.mark.torchvision
@@ -107,7 +83,7 @@ def test_the_command_prints_the_answer_of_transformers(made, prompts):
 def test_greedy_answers_equal_transformers(made, talk, prompts, name):
   hf, folder = made
   tokenizer, given = qwen.make_tokenizer(), prompts[name]
-  clip = chat_clip.read_clip(talk, folder / f"{name}.mp4", chat_clip.ClipLimits())
+  clip = chat_clip.read_clips(talk, [folder / f"{name}.mp4"], chat_clip.ClipLimits())
   assert list(clip.layouts[0].grid) == given["video_grid_thw"][0].tolist()
   assert 2 / clip.layouts[0].rate == pytest.approx(
     float(given["second_per_grid_ts"][0])

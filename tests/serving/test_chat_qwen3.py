@@ -1,10 +1,5 @@
 """Answers of a Qwen3-VL about clips equal those of transformers' generate."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -12,15 +7,13 @@ import torch
 from tests.helpers import chats, qwen
 from tests.helpers.processor_oracle import Call, run_calls
 from vlmrlaif_jax.data import video
-from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
+from vlmrlaif_jax.serving import chat_clip, chat_stream
 
 CLIPS = {  # Name -> (frames, rate, height, width).
   "short": (10, 10, 64, 64),
   "wide": (33, 12, 60, 110),
   "long": (100, 25, 90, 70),
 }
-ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
 LIMITS = dict(fps=1.5, max_frames=3, max_pixels=3000)  # Of the command.
 
@@ -35,30 +28,14 @@ def made(tmp_path_factory):
   return hf, folder
 
 
-def open_folder(folder, lines):
-  model = run_lib.default_config()
-  model.update(
-    template="",
-    prompts="brief",
-    frames=8,
-    clip_frames=8,
-    lora_rank=0,
-    lora_alpha=1.0,
-    grids="exact",
-  )
-  return chat_session.open_model(
-    str(folder), model, chats.mesh(), max_prompt=4096, note=lines.append
-  )
-
-
 @pytest.fixture(scope="module")
 def talk(made):
-  return open_folder(made[1], [])
+  return chats.open_model(made[1], grids="exact")
 
 
 def answer(talk, video):
   """(the clip, our greedy answer)."""
-  clip = chat_clip.read_clip(talk, video, chat_clip.ClipLimits())
+  clip = chat_clip.read_clips(talk, [video], chat_clip.ClipLimits())
   request = chat_stream.ChatQuestion(QUESTION, max_tokens=64)
   *_, last = chat_stream.stream_side_by_side(talk, clip, {}, request)
   (answers,) = last.values()
@@ -117,19 +94,11 @@ def say(hf, given, **settings):
 @pytest.mark.torchvision
 def test_the_command_with_limits_prints_the_answer_of_transformers(made, prompts):
   hf, folder = made
-  process = subprocess.run(
-    [sys.executable, "launch/chat.py", f"--model={folder}",
-     f"--video={folder / 'wide.mp4'}", f"--prompt={QUESTION}", "--temperature=0",
-     "--max_tokens=64", "--dtype=float32",
-     *(f"--{name}={value}" for name, value in LIMITS.items())],
-    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-    text=True,
-  )  # fmt: skip
-  assert process.returncode == 0, process.stderr[-3000:]
   grids = [prompts[name]["video_grid_thw"].tolist() for name in ("limited", "wide")]
   assert grids[0] != grids[1]
-  want = say(hf, prompts["limited"])
-  assert process.stdout.strip() == f"{folder.name}: {want}".strip()
+  flags = (f"--{name}={value}" for name, value in LIMITS.items())
+  got = chats.run_command(folder, [folder / "wide.mp4"], QUESTION, *flags)
+  assert got == say(hf, prompts["limited"])
 
 
 @pytest.mark.torchvision
@@ -172,7 +141,7 @@ def second(made, prompts, tmp_path_factory):
 def test_an_answer_ends_with_the_second_eos_as_in_transformers(made, second, prompts):
   hf, folder, stops = second
   lines = []
-  talk = open_folder(folder, lines)
+  talk = chats.open_model(folder, lines.append, grids="exact")
   assert talk.run.stops == tuple(stops)
   _, answers = answer(talk, made[1] / "short.mp4")
   assert answers.texts == [say(hf, prompts["short"], repetition_penalty=1.0)]

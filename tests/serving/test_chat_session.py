@@ -31,7 +31,7 @@ def talk(one, tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(talk, tmp_path_factory):
   path = chats.write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4")
-  return chat_clip.read_clip(talk, path, ClipLimits())
+  return chat_clip.read_clips(talk, [path], ClipLimits())
 
 
 def last(talk, name, clip, history, asked):
@@ -119,7 +119,7 @@ def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, to
 
 def test_a_part_of_a_clip_is_within_a_limit_that_the_clip_exceeds(talk, tmp_path):
   part = f"{chats.write_clip(tmp_path / 'clip.mp4')}#t=0.2,0.5"
-  clip = chat_clip.read_clip(talk, part, ClipLimits(max_seconds=0.5))
+  clip = chat_clip.read_clips(talk, [part], ClipLimits(max_seconds=0.5))
   assert len(clip.features) == clip.layouts[0].grid.time == 3
 
 
@@ -147,7 +147,7 @@ def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
   path = tmp_path / "cut.avi"
   path.write_bytes(whole[:2600])  # The header is there, and no frame.
   with pytest.raises(UserError, match="cut.avi cannot be read as a video"):
-    chat_clip.read_clip(talk, path, ClipLimits())
+    chat_clip.read_clips(talk, [path], ClipLimits())
 
 
 # Answers.

@@ -1,10 +1,5 @@
 """Answers of a SmolVLM2 about clips equal those of transformers' generate."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,15 +9,13 @@ from tests.helpers import chats, smolvlm
 from tests.helpers.processor_oracle import Call, run_calls
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import video
-from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
+from vlmrlaif_jax.serving import chat_clip, chat_stream
 
 CLIPS = {  # Name -> (frames, frames per second, height, width).
   "second": (12, 10, 64, 50),  # One frame is read, which is no image.
   "tall": (77, 13, 50, 98),
   "minutes": (900, 12, 36, 64),  # No frame of the first and the last second is read.
 }
-ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
 
 
@@ -75,30 +68,17 @@ def say(hf, given):
 @pytest.mark.torchvision
 def test_the_command_prints_the_answer_of_transformers(made, theirs):
   hf, folder = made
-  process = subprocess.run(
-    [sys.executable, "launch/chat.py", f"--model={folder}",
-     f"--video={folder / 'tall.mp4'}", f"--prompt={QUESTION}", "--temperature=0",
-     "--max_tokens=64", "--dtype=float32"],
-    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-  )  # fmt: skip
-  assert process.returncode == 0, process.stderr[-3000:]
-  want = f"{folder.name}: {say(hf, theirs['tall'])}"
-  assert process.stdout.decode().strip() == want.strip()
+  got = chats.run_command(folder, [folder / "tall.mp4"], QUESTION)
+  assert got == say(hf, theirs["tall"])
 
 
 @pytest.mark.torchvision
 def test_greedy_answers_equal_transformers(made, theirs):
   hf, folder = made
-  model = run_lib.default_config()
-  model.update(
-    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
-  )
-  talk = chat_session.open_model(
-    str(folder), model, chats.mesh(), max_prompt=4096, note=lambda line: None
-  )
+  talk = chats.open_model(folder)
   image = smolvlm.make_tokenizer().convert_tokens_to_ids(smolvlm.IMAGE)
   for name, given in theirs.items():
-    clip = chat_clip.read_clip(talk, folder / f"{name}.mp4", chat_clip.ClipLimits())
+    clip = chat_clip.read_clips(talk, [folder / f"{name}.mp4"], chat_clip.ClipLimits())
     batch = chat_stream._encode_conversation(talk, clip, (), QUESTION)
     ids = batch.tokens[batch.mask]
     got = np.where(ids == VIDEO_TOKEN, image, ids)

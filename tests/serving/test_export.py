@@ -34,7 +34,9 @@ IMAGE = 5  # Any id can stand for an image in ours.
 
 def save(run, stage, params):
   state = TrainState(jnp.int32(1), params, jnp.zeros(1))
-  checkpoint.save_checkpoint(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
+  checkpoint.save_train_state(
+    str(run.workdir / stage / "checkpoints"), state, 1, keep=1
+  )
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,11 @@ def base(tiny_checkpoint, tmp_path_factory):
   """A checkpoint whose embeddings are not so small that norms amplify rounding."""
   folder = tmp_path_factory.mktemp("base")
   shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
-  _, variables, config = convert.load_llava(tiny_checkpoint, dtype="float32")
+  _, variables, config = convert.load_checkpoint(tiny_checkpoint, dtype="float32")
   params = variables["params"]
   params["llm"]["embed"]["embedding"] *= 20
   params["projector"]["linear_2"]["kernel"] *= 20
-  convert.save_llava(folder, params, config, "float32")
+  convert.save_checkpoint(folder, params, config, "float32")
   return folder
 
 
@@ -195,8 +197,8 @@ def test_adapter_names_modules_of_transformers(adapter, hf):
 
 
 def test_adapter_on_its_base_is_the_merged_model(run, adapter, merged):
-  folded = convert.load_llava(adapter, dtype="float32")[1]
-  whole = convert.load_llava(merged[0], dtype="float32")[1]
+  folded = convert.load_checkpoint(adapter, dtype="float32")[1]
+  whole = convert.load_checkpoint(merged[0], dtype="float32")[1]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), folded, whole)
 
 
@@ -227,8 +229,8 @@ def test_quantised_base_is_exported_as_it_was_trained_on(run, merged, tmp_path):
   )
   trained = role_params.load_policy_variables(made, "sft_long")
   assert "quant" in trained
-  exported = convert.load_llava(out, dtype="float32")[1]
-  not_quantised = convert.load_llava(merged[0], dtype="float32")[1]
+  exported = convert.load_checkpoint(out, dtype="float32")[1]
+  not_quantised = convert.load_checkpoint(merged[0], dtype="float32")[1]
   apply = jax.jit(run.policy.apply)
   want, got, plain = (
     apply(variables, given)[given.mask]

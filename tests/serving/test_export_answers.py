@@ -103,7 +103,7 @@ def clip(tmp_path_factory):
 def answer(chat, path, history=()):
   """The greedy answer of a chat's only policy."""
   (name,) = chat.policies
-  features = chat_clip.read_clip(chat, path, ClipLimits())
+  features = chat_clip.read_clips(chat, [path], ClipLimits())
   asked = ChatQuestion(QUESTION, max_tokens=MAX_NEW)
   *_, last = chat_stream.stream_answer(chat, name, features, history, asked)
   return last.texts[0]

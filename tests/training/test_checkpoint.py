@@ -20,7 +20,7 @@ from vlmrlaif_jax.training.checkpoint import (
   get_latest_step,
   restore_checkpoint,
   restore_saved_params,
-  save_checkpoint,
+  save_train_state,
 )
 from vlmrlaif_jax.training.update import init_state
 
@@ -53,7 +53,7 @@ def on_mesh(state, **sizes):
 
 def save_steps(path, *steps, keep=10):
   for step in steps:
-    save_checkpoint(path, state_of(step), step, keep=keep)
+    save_train_state(path, state_of(step), step, keep=keep)
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def path(tmp_path):
 
 
 def test_restored_state_is_bitwise_what_was_saved(path):
-  save_checkpoint(path, state_of(3), 3, keep=1)
+  save_train_state(path, state_of(3), 3, keep=1)
   state = restore_checkpoint(path, zeros_like(state_of(3)))
   chex.assert_trees_all_equal(state, state_of(3))
   chex.assert_trees_all_equal_shapes_and_dtypes(state, state_of(3))
 
 
 def test_restored_state_is_on_the_mesh_asked_for(path):
-  save_checkpoint(path, on_mesh(state_of(3), fsdp=4, tensor=1), 3, keep=1)
+  save_train_state(path, on_mesh(state_of(3), fsdp=4, tensor=1), 3, keep=1)
   like = on_mesh(zeros_like(state_of(3)), fsdp=2, tensor=2)
   state = restore_checkpoint(path, like)
   chex.assert_trees_all_equal(state, state_of(3))
@@ -174,12 +174,12 @@ def test_a_save_that_was_killed_leaves_the_step_before(path):
   program = textwrap.dedent("""
     import os, signal, sys
     import jax.numpy as jnp
-    from vlmrlaif_jax.training.checkpoint import save_checkpoint
+    from vlmrlaif_jax.training.checkpoint import save_train_state
     from vlmrlaif_jax.core.types import TrainState
     state = TrainState(jnp.array(0), {"w": jnp.ones(3)}, ())
-    save_checkpoint(sys.argv[1], state, 1, keep=1)
+    save_train_state(sys.argv[1], state, 1, keep=1)
     os.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
-    save_checkpoint(sys.argv[1], state, 2, keep=1)
+    save_train_state(sys.argv[1], state, 2, keep=1)
   """)
   command = [sys.executable, "-c", program, path]
   killed = subprocess.run(command, cwd=ROOT, capture_output=True)
@@ -192,5 +192,5 @@ def test_a_save_that_was_killed_leaves_the_step_before(path):
   state = restore_checkpoint(path, like)
   chex.assert_trees_all_equal(state.params, {"w": jnp.ones(3)})
 
-  save_checkpoint(path, state, 3, keep=5)  # Another step: 2 would reuse what is left.
+  save_train_state(path, state, 3, keep=5)  # Another step: 2 would reuse what is left.
   assert sorted(os.listdir(path)) == ["1", "3"]

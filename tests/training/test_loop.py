@@ -184,7 +184,7 @@ def test_saves_at_every_nth_step_and_the_last(tmp_path, monkeypatch):
   saved = []
   monkeypatch.setattr(
     loop.checkpoint,
-    "save_checkpoint",
+    "save_train_state",
     lambda path, state, step, **more: saved.append((step, more)),
   )
   run(tmp_path, save_every=2, keep=3)

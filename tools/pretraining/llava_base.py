@@ -89,7 +89,7 @@ def load_towers(folder: pathlib.Path, params: Params) -> Params:
   Raises:
     ValueError: The CLIP has other sizes.
   """
-  _, read, _ = convert.load_llava(folder, dtype="float32")
+  _, read, _ = convert.load_checkpoint(folder, dtype="float32")
   _, read_clip, _ = convert_clip.load(folder / "clip")
   loaded = {
     "vlm": {"vision": read["params"]["vision"]},
@@ -177,7 +177,7 @@ def export(
 ) -> None:
   """Writes the model next to its tokenizer, and CLIP into the subfolder "clip"."""
   ids = tok.convert_tokens_to_ids([tokenizer.IMAGE, tokenizer.END_OF_CAPTION])
-  convert.save_llava(
+  convert.save_checkpoint(
     folder, params["vlm"], convert.make_llava_config(model, image_token=ids[0])
   )
   whole = {**params["clip"], "vision": params["vlm"]["vision"]}

@@ -62,7 +62,7 @@ def make_base(
   params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
   if config.model.start:
     folder = run_lib.resolve_checkpoint(config.model.start)
-    old = convert.load_llava(folder, dtype="float32")[1]["params"]
+    old = convert.load_checkpoint(folder, dtype="float32")[1]["params"]
     params = warm_start.start(
       params, old, tok, tokenization.load_tokenizer(folder), world.frames[:100, 0]
     )
@@ -187,7 +187,7 @@ def export(
   params: Params,
 ) -> None:
   """Writes the model and the settings of its processor next to its tokenizer."""
-  convert.save_llava(folder, params, make_config(model, tok))
+  convert.save_checkpoint(folder, params, make_config(model, tok))
   stops = tok.convert_tokens_to_ids([qwen_tokenizer.END, qwen_tokenizer.PAD])
   write_json(
     folder / "generation_config.json",

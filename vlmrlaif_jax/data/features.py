@@ -32,6 +32,7 @@ from vlmrlaif_jax.data.processors.interface import (
   ProcessedVideo,
   Processor,
   Visual,
+  mark_several,
   process_frames,
 )
 from vlmrlaif_jax.data.time_range import split_time_range
@@ -107,19 +108,17 @@ class FeatureStore(NamedTuple):
       start: First temporal patch of each video.
       stop: Temporal patch after the last one; None for all.
     """
-    parts = [self._select(path, start, stop) for path in list_media(media)]
+    paths = list_media(media)
+    layouts = mark_several([self.get_layout(x).select(start, stop) for x in paths])
+    parts = [
+      self.arrange(self._load(path)[start:stop], layout)
+      for path, layout in zip(paths, layouts, strict=True)
+    ]
     feature = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if self.length:
       more = [(0, self.length - len(feature)), *[(0, 0)] * (feature.ndim - 1)]
       feature = np.pad(feature, more)
     return feature
-
-  def _select(
-    self, path: VideoPath, start: int, stop: int | None
-  ) -> Float[np.ndarray, "..."]:
-    """Returns the features of a range of a video's temporal patches."""
-    part = self.get_layout(path).select(start, stop)
-    return self.arrange(self._load(path)[start:stop], part)
 
   def _load(self, path: VideoPath) -> Float[np.ndarray, "..."]:
     """Returns the features of a whole video.

@@ -1,6 +1,6 @@
 """Loads published checkpoints as VLMs and saves VLMs for transformers.
 
-`load_llava` and `save_llava` are the main functions.
+`load_checkpoint` and `save_checkpoint` are the main functions.
 """
 
 import functools
@@ -62,7 +62,7 @@ HEAD_TABLE: NameTable = {"kernel": ("weight", "T"), "bias": ("bias", "")}
 
 
 def make_model(config: HfConfig, dtype: str, *, train_merger: bool = False) -> VLM:
-  """Builds the model of a layout's config; see load_llava.
+  """Builds the model of a layout's config; see load_checkpoint.
 
   Raises:
     ValueError: The config has a value that the layers do not support.
@@ -110,7 +110,7 @@ def get_model_types(model: VLM) -> tuple[str, str]:
   return text, "siglip_vision_model" if is_siglip else "clip_vision_model"
 
 
-def load_llava(
+def load_checkpoint(
   folder: str | Path,
   *,
   dtype: str = "bfloat16",
@@ -172,7 +172,7 @@ def _load_variables(
   quant: str,
   on_bytes_read: Callable[[int], None],
 ) -> Params:
-  """Loads the variables of a model; see load_llava."""
+  """Loads the variables of a model; see load_checkpoint."""
   shapes = get_param_shapes(model)
   stored = get_stored_shapes(shapes, quant)
   if mesh is None:
@@ -194,7 +194,7 @@ def _load_variables(
 
 
 def get_stored_shapes(shapes: Params, quant: str) -> Params:
-  """Returns the shapes of load_llava's variables from those of the original "params".
+  """Returns the shapes of loaded variables from those of the original "params".
 
   Raises:
     ValueError: `quant` is neither "none" nor a key of quantization.SCHEMES.
@@ -213,7 +213,7 @@ def _quantize(params: Params, quant: str) -> Params:
 
 
 def make_llava_model(config: HfConfig, dtype: str) -> VLM:
-  """Builds the model of a layout's config; see load_llava.
+  """Builds the model of a layout's config; see load_checkpoint.
 
   Raises:
     ValueError: The config has a value that the layers do not support.
@@ -344,7 +344,7 @@ def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
   }
 
 
-def save_llava(
+def save_checkpoint(
   folder: str | Path,
   params: Params,
   config: HfConfig,
@@ -357,26 +357,23 @@ def save_llava(
   Args:
     folder: Output folder.
     params: Parameters of a VLM without a scalar head. Merge LoRA updates first.
-    config: Config from load_llava or make_llava_config.
+    config: Config from load_checkpoint or make_llava_config.
     dtype: Dtype of the written tensors.
-    train_merger: As in load_llava.
+    train_merger: As in load_checkpoint.
 
   Raises:
     ValueError: The projector does not have 2 layers, or transformers has no such model.
   """
   table = make_table(config, train_merger=train_merger)
-  if config["model_type"] in FAMILIES:
-    rest = families.drop_original_keys(config)
-    save_tensors(Path(folder), table, params, rest, dtype)
-    return
-  depth = config["projector_depth"]
+  depth = config.get("projector_depth", 2)  # A key of LLaVA.
   if depth != 2:
     raise ValueError(
       f"transformers' LLaVA requires a projector of 2 layers, got {depth}. Export an "
       "adapter, or train another base."
     )
+  known = families.drop_original_keys(config)
   own = checkpoint_layouts.OWN_KEYS
-  rest = {key: value for key, value in config.items() if key not in own}
+  rest = {key: value for key, value in known.items() if key not in own}
   save_tensors(Path(folder), table, params, rest, dtype)
 
 

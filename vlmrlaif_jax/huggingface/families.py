@@ -68,6 +68,13 @@ FAMILIES = {
   "smolvlm": Family("SmolVLM2", smolvlm, SmolVLMProcessor),
 }
 
+# Keys of the processors in a joint config, and the files that they have without one.
+JOINT_CONFIG = "processor_config.json"
+PROCESSOR_CONFIGS = {
+  "image_processor": "preprocessor_config.json",
+  "video_processor": "video_preprocessor_config.json",
+}
+
 # Shardings of the parameters of all families over the mesh.
 SHARDING = tuple(
   dict.fromkeys(
@@ -179,29 +186,33 @@ def match_config(folder: Path, config: HfConfig, tensors: Tensors) -> HfConfig:
   return {**config, **tied, "text_config": {**config["text_config"], **tied}}
 
 
-def read_processor(folder: Path, config: HfConfig) -> Processor:
-  """Loads the processor of a checkpoint, or that of the published checkpoints.
+def read_processor_configs(folder: Path) -> list[HfConfig]:
+  """Returns the configs of the image and of the video processor of a checkpoint.
 
   Without a config of the video processor, that of the image processor applies to both,
   as in transformers.
-
-  Raises:
-    ValueError: A file has a setting that is not supported.
   """
-  joint = folder / "processor_config.json"
+  joint = folder / JOINT_CONFIG
   inner = read_json_object(joint) if joint.exists() else {}
   configs: list[HfConfig] = []
-  for kind, name in (
-    ("image_processor", "preprocessor_config.json"),
-    ("video_processor", "video_preprocessor_config.json"),
-  ):
+  for kind, name in PROCESSOR_CONFIGS.items():
     path = folder / name
     config_of_kind = inner.get(kind)
     if not config_of_kind and path.exists():
       config_of_kind = read_json_object(path)
     configs.append(config_of_kind or (configs[0] if configs else {}))
+  return configs
+
+
+def read_processor(folder: Path, config: HfConfig) -> Processor:
+  """Loads the processor of a checkpoint, or that of the published checkpoints.
+
+  Raises:
+    ValueError: A file has a setting that is not supported.
+  """
+  image, video = read_processor_configs(folder)
   family = FAMILIES[config["model_type"]]
-  processor, problems = family.processor.from_config(configs[0], configs[1], config)
+  processor, problems = family.processor.from_config(image, video, config)
   if problems:
     raise ValueError(
       f"{folder}: the configs of the processor have settings that are not supported: "
@@ -217,6 +228,7 @@ _ORIGINAL_KEYS = {
   "mm_newline_position": "one_token",
   "mm_spatial_pool_mode": "bilinear",
   "frames_upbound": None,
+  "add_time_instruction": False,
 }
 # Keys with one supported value, unless they are unset.
 _ORIGINAL_REQUIRED = {

@@ -28,23 +28,24 @@ from vlmrlaif_jax.models.layers import (
   RMSNorm,
   TowerShape,
   VisualFeatures,
-  describe_settings,
   measure_patch_tower,
   read_fields,
 )
 from vlmrlaif_jax.models.ops.attention import attend
 from vlmrlaif_jax.models.ops.patch_grids import (
   axial_angles,
-  join_states,
   name_parts,
   read_rope_sections,
   rotate,
-  split_states,
+)
+from vlmrlaif_jax.models.ops.temporal_tower import (
+  PATCH_FRAMES,
+  StateMergers,
+  TemporalTower,
 )
 from vlmrlaif_jax.models.projector import Connector
 from vlmrlaif_jax.models.vlm import VLM
 
-_FRAMES = 2  # Frames of a temporal patch.
 _shape = lambda out, mlp: dict(
   embed=1280, mlp=mlp, layers=32, heads=16, out=out, full_layers=(7, 15, 23, 31)
 )
@@ -140,7 +141,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
   "vision_config": dict(
     hidden_act="silu",
     in_channels=3,
-    temporal_patch_size=_FRAMES,
+    temporal_patch_size=PATCH_FRAMES,
     rope_parameters={"rope_type": "axial", "rope_theta": 10_000.0},
   ),
 }
@@ -238,12 +239,8 @@ class PatchMerger(Layer):
     return Dense(self.out, bias=True, name="fc2", **self.types)(nn.gelu(x, False))
 
 
-class Mergers(Layer, kw_only=True):
+class Mergers(StateMergers, kw_only=True):
   """The merger of hidden states, or the projector of a run that trains it."""
-
-  out: int  # Width of the features, which is that of the language model.
-  merge: int = 2  # Side of the squares of patches that are merged.
-  eps: float = 1e-6  # Epsilon of RMSNorm.
 
   def setup(self):
     self.merger = PatchMerger(self.merge**2, self.out, self.eps, **self.types)
@@ -251,25 +248,18 @@ class Mergers(Layer, kw_only=True):
   def merge_patches(
     self, states: Float[Array, "states images patches embed"]
   ) -> VisualFeatures:
-    """Computes the features of hidden states by `Model.encode`."""
     return VisualFeatures(self.merger(states[-1]))
 
-  def connect(self, features: Float[Array, "batch tokens features"]) -> VisualFeatures:
-    """Computes the features of hidden states that qwen3_vl.join_states joined."""
-    return self.merge_patches(split_states(features, 1, self.merge))
 
-
-class Model(Mergers, kw_only=True):
+class Model(Mergers, TemporalTower, kw_only=True):
   """A vision tower that returns features of temporal patches."""
 
-  embed: int  # Width of hidden states.
   mlp: int  # Width of the MLP.
   layers: int  # Number of layers.
   heads: int  # Attention heads.
   full_layers: tuple[int, ...]  # Layers without windows.
   patch: int = 14  # Side of a patch, in pixels.
   window: int = 112  # Side of a window, in pixels.
-  merges: bool = True  # Whether the tower has the merger, and not the projector.
 
   def setup(self):
     if self.merges:
@@ -277,23 +267,9 @@ class Model(Mergers, kw_only=True):
     self.patch_kernel = Dense(self.embed, name="patch", **self.types)
     self.blocks = WindowBlock(self.heads, self.mlp, self.eps, **self.types)
 
-  def __call__(
-    self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
-  ) -> VisualFeatures:
-    """Computes the features of temporal patches, or their hidden states, joined."""
-    states = self.encode(pixels, grid)
-    if self.merges:
-      return self.merge_patches(states)
-    return VisualFeatures(join_states(states, self.merge))
-
-  @property
-  def feature_shape(self) -> tuple[int, ...]:
-    """Shape of the features of a token."""
-    return (self.out if self.merges else self.merge**2 * self.embed,)
-
   def measure(self, grid: tuple[int, int]) -> TowerShape:
     """Returns the sizes of the tower for a temporal patch."""
-    patches, inputs = math.prod(grid), 3 * _FRAMES * self.patch**2
+    patches, inputs = math.prod(grid), 3 * PATCH_FRAMES * self.patch**2
     window = min(patches, (self.window // self.patch) ** 2)
     full = len(self.full_layers) / self.layers
     square = self.merge**2 * self.embed
@@ -304,25 +280,9 @@ class Model(Mergers, kw_only=True):
       pairs=patches * (full * patches + (1 - full) * window),
     )
 
-  def settings(self) -> dict[str, Any]:
-    """Returns the settings that features depend on."""
-    return describe_settings(self)
-
-  def example_inputs(self) -> tuple[Any, ...]:
-    """Returns inputs by which the tower is initialized."""
-    pixels = jnp.zeros((1, self.merge**2, 3 * _FRAMES * self.patch**2))
-    return pixels, (self.merge, self.merge)
-
-  def features(
-    self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
-  ) -> Float[Array, "images tokens features"]:
-    """Computes the features of temporal patches."""
-    return self(pixels, grid).merged
-
   def encode(
     self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
   ) -> Float[Array, "states images patches embed"]:
-    """Computes the last hidden states of patches; see qwen3_vl.Model.encode."""
     square = self.merge**2
     cells = grid[0] // self.merge, grid[1] // self.merge
     order = list_windows(cells, self.window // self.patch // self.merge)

@@ -28,7 +28,6 @@ from vlmrlaif_jax.models.layers import (
   Layer,
   TowerShape,
   VisualFeatures,
-  describe_settings,
   measure_patch_tower,
   read_fields,
 )
@@ -36,17 +35,18 @@ from vlmrlaif_jax.models.ops.attention import attend
 from vlmrlaif_jax.models.ops.patch_grids import (
   axial_angles,
   interpolate,
-  join_states,
   name_parts,
   order_patches,
   read_rope_sections,
   rotate,
-  split_states,
+)
+from vlmrlaif_jax.models.ops.temporal_tower import (
+  PATCH_FRAMES,
+  StateMergers,
+  TemporalTower,
 )
 from vlmrlaif_jax.models.projector import Connector
 from vlmrlaif_jax.models.vlm import VLM
-
-_FRAMES = 2  # Frames of a temporal patch.
 
 _small = dict(embed=1024, mlp=4096, layers=24, heads=16, taps=(5, 11, 17))
 _large = dict(embed=1152, mlp=4304, layers=27, heads=16, taps=(8, 16, 24))
@@ -157,7 +157,7 @@ MERGERS = {"merger": "merger", "deepstack_mergers": "deepstack_merger_list"}
 # Values that a config must have, by its part.
 REQUIRED: dict[str, dict[str, Any]] = {
   "text_config": dict(hidden_act="silu", attention_bias=False),
-  "vision_config": dict(in_channels=3, temporal_patch_size=_FRAMES),
+  "vision_config": dict(in_channels=3, temporal_patch_size=PATCH_FRAMES),
 }
 
 
@@ -208,16 +208,11 @@ class Merger(Layer):
     return Dense(self.out, bias=True, name="fc2", **self.types)(x)
 
 
-class Mergers(Layer, kw_only=True):
+class Mergers(StateMergers, kw_only=True):
   """The mergers of hidden states, or the projector of a run that trains them.
 
   By default they are a part of the tower, and features are saved after them.
   """
-
-  out: int  # Width of the features, which is that of the language model.
-  taps: tuple[int, ...]  # Layers whose hidden states become DeepStack features.
-  merge: int = 2  # Side of the squares of patches that are merged.
-  eps: float = 1e-6  # Epsilon of layer norms.
 
   def setup(self):
     settings = (self.merge, self.out, self.eps)
@@ -228,25 +223,18 @@ class Mergers(Layer, kw_only=True):
   def merge_patches(
     self, states: Float[Array, "states images patches embed"]
   ) -> VisualFeatures:
-    """Computes the features of hidden states by `Model.encode`."""
     return VisualFeatures(self.merger(states[-1]), self.deepstack_mergers(states[:-1]))
 
-  def connect(self, features: Float[Array, "batch tokens features"]) -> VisualFeatures:
-    """Computes the features of hidden states that `join_states` joined."""
-    return self.merge_patches(split_states(features, 1 + len(self.taps), self.merge))
 
-
-class Model(Mergers, kw_only=True):
+class Model(Mergers, TemporalTower, kw_only=True):
   """A vision tower that returns features of temporal patches."""
 
-  embed: int  # Width of hidden states.
   mlp: int  # Width of the MLP.
   layers: int  # Number of layers.
   heads: int  # Attention heads.
   activation: str = "gelu_pytorch_tanh"  # A key of CLIP_ACTIVATIONS.
   patch: int = 16  # Side of a patch, in pixels.
   positions: int = 48**2  # Rows of the position table, which is a square.
-  merges: bool = True  # Whether the tower has the mergers, and not the projector.
 
   def setup(self):
     if self.merges:
@@ -262,56 +250,17 @@ class Model(Mergers, kw_only=True):
       self.heads, self.mlp, self.activation, self.eps, **self.types
     )
 
-  def __call__(
-    self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
-  ) -> VisualFeatures:
-    """Computes the features of temporal patches, or their hidden states, joined."""
-    states = self.encode(pixels, grid)
-    if self.merges:
-      return self.merge_patches(states)
-    return VisualFeatures(join_states(states, self.merge))
-
-  @property
-  def feature_shape(self) -> tuple[int, ...]:
-    """Shape of the features of a token."""
-    width = self.out if self.merges else self.merge**2 * self.embed
-    return ((1 + len(self.taps)) * width,)
-
   def measure(self, grid: tuple[int, int]) -> TowerShape:
     """Returns the sizes of the tower for a temporal patch."""
-    patches, inputs = math.prod(grid), 3 * _FRAMES * self.patch**2
+    patches, inputs = math.prod(grid), 3 * PATCH_FRAMES * self.patch**2
     square = self.merge**2 * self.embed
     mergers = (1 + len(self.taps)) * square * (square + self.out)
     merged = self.merges * patches // self.merge**2 * mergers
     return measure_patch_tower(self, patches, inputs, merged)
 
-  def settings(self) -> dict[str, Any]:
-    """Returns the settings that features depend on."""
-    return describe_settings(self)
-
-  def example_inputs(self) -> tuple[Any, ...]:
-    """Returns inputs by which the tower is initialized."""
-    pixels = jnp.zeros((1, self.merge**2, 3 * _FRAMES * self.patch**2))
-    return pixels, (self.merge, self.merge)
-
-  def features(
-    self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
-  ) -> Float[Array, "images tokens features"]:
-    """Computes the features of temporal patches, joined in one array; see Connector."""
-    merged, deepstack = self(pixels, grid)
-    more = () if deepstack is None else deepstack
-    return jnp.concatenate([merged, *more], axis=-1)
-
   def encode(
     self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
   ) -> Float[Array, "states images patches embed"]:
-    """Computes the hidden states of patches after the tapped layers and the last one.
-
-    Args:
-      pixels: normalized pixels of the patches of each temporal patch, in the order of
-        order_patches. The channels are those of cut_temporal_patches of the processor.
-      grid: rows and columns of patches.
-    """
     x = self.patch_kernel(pixels)
     x = x + self._embed_positions(grid).astype(x.dtype)
     angles = axial_angles(grid, self.merge, self.embed // self.heads)

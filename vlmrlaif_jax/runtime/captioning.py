@@ -51,7 +51,12 @@ CONTEXTS: dict[str, Callable[[list[Span]], list[Span]]] = {
 
 
 def split_layout(run: Run, layout: Visual) -> list[Span]:
-  """Returns the clips of a video with a layout, each of at most model.clip_frames."""
+  """Returns the clips of a video with a layout, each of at most model.clip_frames.
+
+  An image is one clip.
+  """
+  if layout.size:
+    return [(0, layout.grid.time)]
   size = max(run.config.model.clip_frames // layout.patch_frames, 1)
   return split_into_clips(layout.grid.time, size)
 

@@ -179,7 +179,7 @@ def load_model(
   Returns:
     The model with LoRA, its variables, and its Hugging Face config.
   """
-  loaded, variables, config = convert.load_llava(
+  loaded, variables, config = convert.load_checkpoint(
     path,
     dtype=model.dtype,
     mesh=mesh,

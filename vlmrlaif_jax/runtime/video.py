@@ -54,14 +54,9 @@ def encode_videos(run: Run, rows: Sequence[Media], note: Callable[[str], None]) 
     run = run._replace(features=_encode(run, todo, note))
   if run.processor.layout is not None:
     return run
-  counts = {
-    name: count_features(run.lay_out_video(video))
-    for name, video in named.items()
-    if run.features.has(video)
-  }
-  names = [list(map(format_video_name, list_media(media))) for media in rows]
-  readable = [each for each in names if counts.keys() >= set(each)]
-  longest = max((sum(counts[x] for x in each) for each in readable), default=0)
+  readable = {format_video_name(x): x for x in rows if run.features.has(x)}
+  counts = (count_features(run.lay_out_video(x)) for x in readable.values())
+  longest = max(counts, default=0)
   length = tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
   length = max(length, run.features.length)
   return run._replace(features=run.features._replace(length=length))

@@ -1,6 +1,6 @@
 """Checks and encodes the clips and images of a chat.
 
-`read_clip` and `join_clips` are the main functions.
+`read_clips` is the main function.
 """
 
 import functools
@@ -15,7 +15,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.data.decoding.files import IMAGE_SUFFIXES
-from vlmrlaif_jax.data.processors.interface import process_frames
+from vlmrlaif_jax.data.processors.interface import Visual, mark_several, process_frames
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.runtime import video as run_video
 from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession
@@ -31,14 +31,36 @@ class ClipLimits(NamedTuple):
   max_seconds: float = 300.0  # Largest duration.
 
 
-def read_clip(
-  chat: ChatSession, path: str | os.PathLike, limits: ClipLimits
+def read_clips(
+  chat: ChatSession, paths: Sequence[str | os.PathLike], limits: ClipLimits
 ) -> ChatClip:
-  """Computes the vision tower's features of a clip or an image.
+  """Computes the features of clips and images, which precede the first question.
 
   Raises:
-    UserError: The clip exceeds a limit or is neither a video nor an image.
+    UserError: A clip exceeds a limit or is neither a video nor an image, or there are
+      several and the model reads one.
   """
+  processor = chat.run.processor
+  if len(paths) > 1 and processor.layout is not None:
+    raise UserError(
+      f"got {len(paths)} clips and images, but {chat.run.config.model.path} reads one. "
+      "Give one, or use a model such as Qwen3-VL."
+    )
+  encoded, layouts = zip(*(_encode(chat, path, limits) for path in paths), strict=True)
+  parts = [
+    processor.arrange(*each)
+    for each in zip(encoded, mark_several(layouts), strict=True)
+  ]
+  features = np.concatenate(parts)
+  if processor.layout is not None:  # As in training. Others equal transformers.
+    features = features.astype(np.float16)
+  return ChatClip(features, layouts)
+
+
+def _encode(
+  chat: ChatSession, path: str | os.PathLike, limits: ClipLimits
+) -> tuple[np.ndarray, Visual]:
+  """Returns the vision tower's features of a clip or an image, and its layout."""
   run = chat.run
   check_clip(path, limits)
   # A worker process decodes the clip, because a damaged clip may hang or crash it.
@@ -52,25 +74,7 @@ def read_clip(
     raise _make_decode_error(pathlib.Path(path), str(error)) from error
   size = sharding.num_batch_shards(run.mesh)
   encode = functools.partial(run_video.encode_batch, run.policy, run.base, run.mesh)
-  features = run.processor.arrange(encode(size, [processed])[0], layout)
-  if run.processor.layout is not None:  # As in training. Others equal transformers.
-    features = features.astype(np.float16)
-  return ChatClip(features, (layout,))
-
-
-def join_clips(chat: ChatSession, clips: Sequence[ChatClip]) -> ChatClip:
-  """Returns clips and images, in order, as one that precedes the first question.
-
-  Raises:
-    UserError: The model reads one clip only.
-  """
-  if len(clips) > 1 and chat.run.processor.layout is not None:
-    raise UserError(
-      f"got {len(clips)} clips and images, but {chat.run.config.model.path} reads one. "
-      "Give one, or use a model such as Qwen3-VL."
-    )
-  layouts = [layout for clip in clips for layout in clip.layouts]
-  return ChatClip(np.concatenate([clip.features for clip in clips]), tuple(layouts))
+  return encode(size, [processed])[0], layout
 
 
 def check_clip(clip: str | os.PathLike, limits: ClipLimits) -> None:

@@ -15,7 +15,7 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
 import gradio as gr  # noqa: E402
 
 from vlmrlaif_jax.core.errors import UserError  # noqa: E402
-from vlmrlaif_jax.serving.chat_clip import ClipLimits, read_clip  # noqa: E402
+from vlmrlaif_jax.serving.chat_clip import ClipLimits, read_clips  # noqa: E402
 from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession  # noqa: E402
 from vlmrlaif_jax.serving.chat_stream import (  # noqa: E402
   MAX_CHAT_TOKENS,
@@ -52,7 +52,7 @@ class ChatEvents:
     if path is None:
       return [None, WELCOME, *self.clear()]
     try:
-      clip = read_clip(self.chat, path, self.limits)
+      clip = read_clips(self.chat, [path], self.limits)
     except UserError as error:
       return [None, f"⚠️ {error}", *self.clear()]
     (layout,) = clip.layouts

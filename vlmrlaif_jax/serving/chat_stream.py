@@ -90,7 +90,7 @@ def stream_side_by_side(
 
   Args:
     chat: Policies and judge.
-    clip: The clip, or several by chat_clip.join_clips.
+    clip: The clip, or several, by chat_clip.read_clips.
     histories: Policy -> earlier turns.
     request: The question.
 

@@ -16,6 +16,7 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import (
+  checkpoint_folders,
   convert,
   families,
   param_mapping,
@@ -98,7 +99,7 @@ def write_merged(
   Args:
     folder: Output folder.
     variables: Variables with "lora". A scalar head is omitted.
-    config: Config of the base from convert.load_llava.
+    config: Config of the base from convert.load_checkpoint.
     source: Folder of the base.
     model: Model section of the run's config.
     dtype: Dtype of the written tensors.
@@ -106,11 +107,13 @@ def write_merged(
   params = lora.merge_lora(variables, model.lora_alpha)["params"]
   params = {name: tree for name, tree in params.items() if name != "head"}
   if config["model_type"] in families.FAMILIES:
-    export_files.copy_files(folder, source, model.template)
+    _copy_files(folder, source, config, model)
   else:
     config = _write_files(folder, source, config, model)
     params, config = add_image_token(params, config)
-  convert.save_llava(folder, params, config, dtype, train_merger=model.train_merger)
+  convert.save_checkpoint(
+    folder, params, config, dtype, train_merger=model.train_merger
+  )
 
 
 def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]:
@@ -146,7 +149,7 @@ def write_adapter(
   Args:
     folder: Output folder.
     variables: Variables with "lora". A scalar head is omitted.
-    config: Config of the base from convert.load_llava.
+    config: Config of the base from convert.load_checkpoint.
     source: Folder of the base.
     model: Model section of the run's config.
     note: Receives a line if transformers cannot load the adapter's base.
@@ -159,7 +162,7 @@ def write_adapter(
   whole = dict(param_mapping.convert_to_hf(table, projector))
   modules = _list_whole_modules(config, whole)
   if config["model_type"] in families.FAMILIES:
-    export_files.copy_files(folder, source, model.template)
+    _copy_files(folder, source, config, model)
   else:
     image = _write_files(folder, source, config, model)["image_token_index"]
     base = read_json(source / "config.json", default={})
@@ -218,11 +221,24 @@ def _list_whole_modules(config: HfConfig, names: Iterable[str]) -> list[str] | N
   for name in names:
     if (match := whole.search(name)) is None:
       raise UserError(
-        f"SFT trains {name} with model.train_merger, but an adapter contains whole "
-        "modules only. Set --kind=merged."
+        f"SFT trains {name} with model.train_merger, but an adapter of PEFT contains "
+        f"only whole modules and LoRA of matrices, and {name} is neither. Set "
+        "--kind=merged."
       )
     modules.add(match[1])
   return sorted(modules) or None
+
+
+def _copy_files(
+  folder: pathlib.Path, source: pathlib.Path, config: HfConfig, model: ConfigDict
+) -> None:
+  """Copies the tokenizer and the processor of a base, with the limits of the run."""
+  export_files.copy_files(folder, source, model.template)
+  limits = model.fps, model.max_frames, model.max_pixels
+  if any(limits):
+    place = checkpoint_folders.find_processor_folder(source)
+    processor = families.read_processor(place, config).limit(*limits)
+    export_files.write_limits(folder, source, processor)
 
 
 def _write_files(

@@ -12,9 +12,10 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.files import replace_text, write_json
+from vlmrlaif_jax.core.files import read_json, replace_text, write_json
 from vlmrlaif_jax.data import stop_tokens, templates, tokenization
-from vlmrlaif_jax.huggingface import checkpoint_folders
+from vlmrlaif_jax.data.processors.interface import Processor
+from vlmrlaif_jax.huggingface import checkpoint_folders, families
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import clip
 from vlmrlaif_jax.serving import chat_template
@@ -78,7 +79,7 @@ def write_files(
   Args:
     folder: Output folder.
     source: Folder of the base.
-    config: Config of the base from convert.load_llava.
+    config: Config of the base from convert.load_checkpoint.
     template: Name of the conversation template.
     frames: Frames per video.
 
@@ -146,6 +147,33 @@ def copy_files(folder: pathlib.Path, source: pathlib.Path, template: str) -> Non
   for name in READ_FILES:
     if name != "config.json" and (source / name).exists():
       shutil.copyfile(source / name, folder / name)
+
+
+def write_limits(
+  folder: pathlib.Path, source: pathlib.Path, processor: Processor
+) -> None:
+  """Writes the configs of the processors of a base, with other limits of videos.
+
+  Args:
+    folder: Output folder, to which the files of the base are copied.
+    source: Folder of the base.
+    processor: Processor of the base, with the limits.
+  """
+  path = folder / families.JOINT_CONFIG
+  joint = read_json(path, default={})
+  configs = families.read_processor_configs(
+    checkpoint_folders.find_processor_folder(source)
+  )
+  for kind, config, limits in zip(
+    families.PROCESSOR_CONFIGS, configs, processor.write_limits(), strict=True
+  ):
+    limited = {k: x for k, x in {**config, **limits}.items() if x is not None}
+    if kind in joint:
+      joint[kind] = limited
+    else:
+      write_json(folder / families.PROCESSOR_CONFIGS[kind], limited)
+  if joint:
+    write_json(path, joint)
 
 
 def _write_tokenizer(

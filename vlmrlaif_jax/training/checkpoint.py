@@ -20,7 +20,7 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import Params, TrainState
 
 
-def save_checkpoint(path: str, state: TrainState, step: int, *, keep: int) -> None:
+def save_train_state(path: str, state: TrainState, step: int, *, keep: int) -> None:
   """Writes PATH/STEP atomically and removes all but the latest `keep` steps.
 
   Every process calls this function with its shards of the same state.

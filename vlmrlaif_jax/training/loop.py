@@ -114,7 +114,7 @@ def run_training(
       with phases("save"):
         saved = _add_sampler(state, sampler, plan)
         path = get_checkpoint_folder(log)
-        checkpoint.save_checkpoint(path, saved, done, keep=plan.keep)
+        checkpoint.save_train_state(path, saved, done, keep=plan.keep)
     if is_stopping and done < plan.steps:
       raise Stopped(f"{log.stage}: step {done} of {plan.steps} is done and saved")
   return state

@@ -4,7 +4,13 @@ import pytest
 from tests.data.processors.clips import assert_pixels_close, make_frames
 from tests.helpers import onevision
 from tests.helpers.processor_oracle import Call, run_calls
-from vlmrlaif_jax.data.processors.interface import Grid, Visual, process_frames
+from vlmrlaif_jax.data.processors.interface import (
+  Grid,
+  Visual,
+  count_features,
+  lay_out,
+  process_frames,
+)
 from vlmrlaif_jax.data.processors.llava_onevision import LlavaOnevisionProcessor
 from vlmrlaif_jax.data.video import Frames
 
@@ -110,7 +116,7 @@ def test_frames_are_the_first_of_equal_parts(total, rate, fps, want):
 def test_layout_of_an_image_has_its_size():
   frames = Frames(make_frames(1, 50, 90), np.zeros(1), (50, 90))
   _, layout = process_frames(SMALL, frames)
-  assert layout == Visual(Grid(1 + 15, 5, 5), size=(50, 90))
+  assert layout == Visual(Grid(2 + 15, 5, 5), size=(50, 90))
   video = Frames(make_frames(3, 50, 90), np.arange(3.0), (50, 90), 1.0)
   _, layout = process_frames(SMALL, video)
   assert layout == Visual(Grid(3, 3, 3), (0.0, 1.0, 2.0), 1.0)
@@ -123,6 +129,20 @@ def test_clip_of_a_video_ends_with_one_newline():
   assert got.tolist() == [*range(10, 19), *range(20, 29), 29]
   assert SMALL.write_text(visual) == [19, "\n"]
   assert len(SMALL.list_blocks(visual)[0]) == 19
+
+
+def test_text_of_a_llava_video_has_the_times_of_its_frames():
+  config = {**CONFIG, "mm_newline_position": "grid", "add_time_instruction": True}
+  processor, problems = LlavaOnevisionProcessor.from_config(IMAGE, VIDEO, config)
+  video = Visual(Grid(3, 14, 14), (0.0, 2.004, 4.0), rate=0.5)
+  assert not problems and processor.write_text(video) == [
+    3 * 14 * 15,
+    "\nThe video lasts for 6.00 seconds, and 3 frames are uniformly sampled from it. "
+    "These frames are located at 0.00s,2.00s,4.00s.Please answer the following "
+    "questions related to this video.\n",
+  ]
+  image = Visual(processor.choose_grid(384, 384, None), size=(384, 384))
+  assert processor.write_text(image)[1] == "\n"
 
 
 # transformers' processors.
@@ -140,6 +160,9 @@ IMAGES = {  # Name -> (height, width, processor).
 }
 
 
+SEVERAL = ((40, 91), (100, 31), (22, 22))
+
+
 def size_of(processor):
   side = processor.image
   return dict(
@@ -147,7 +170,7 @@ def size_of(processor):
   )
 
 
-def image_call(height, width, processor):
+def image_call(processor, *sizes):
   settings = dict(
     **size_of(processor), image_grid_pinpoints=[list(x) for x in processor.pinpoints]
   )
@@ -161,7 +184,10 @@ def image_call(height, width, processor):
       num_image_tokens=processor.side**2,
       vision_feature_select_strategy="full",
     ),
-    dict(text=["<image>"], images=[make_frames(1, height, width)[0]]),
+    dict(
+      text=["<image>" * len(sizes)],
+      images=[[make_frames(1, *size)[0] for size in sizes]],
+    ),
   )
 
 
@@ -176,7 +202,11 @@ def theirs():
     )
     for name, (count, height, width, processor) in VIDEOS.items()
   }
-  calls |= {("image", name): image_call(*case) for name, case in IMAGES.items()}
+  calls |= {
+    ("image", name): image_call(processor, size)
+    for name, (*size, processor) in IMAGES.items()
+  }
+  calls["several"] = image_call(SMALL, *SEVERAL)
   calls["sampled"] = Call(
     "LlavaOnevisionVideoProcessor",
     size_of(SMALL),
@@ -195,7 +225,7 @@ def assert_equal_pixels(processor, got, want):
   side = processor.side * processor.patch
   squares = np.moveaxis(want, 1, -1)[:, :side, :side]
   patches = onevision.cut_square_patches(squares, processor.patch)
-  assert_pixels_close(got.pixels, patches, 0.5)
+  assert_pixels_close(got, patches, 0.5)
 
 
 @pytest.mark.torchvision
@@ -204,7 +234,8 @@ def test_pixels_of_a_video_equal_transformers(theirs, name):
   count, height, width, processor = VIDEOS[name]
   grid = processor.choose_grid(height, width, count)
   got = processor.process(make_frames(count, height, width), grid)
-  assert_equal_pixels(processor, got, theirs["video", name]["pixel_values_videos"][0])
+  want = theirs["video", name]["pixel_values_videos"][0]
+  assert_equal_pixels(processor, got.pixels, want)
 
 
 @pytest.mark.torchvision
@@ -212,7 +243,8 @@ def test_sampled_frames_equal_transformers(theirs):
   processor = LlavaOnevisionProcessor(image=22, patch=4, frames=8)
   frames = make_frames(35, 22, 22)[processor.sample_frames(35, 10.0)]
   got = processor.process(frames, processor.choose_grid(22, 22, 8))
-  assert_equal_pixels(processor, got, theirs["sampled"]["pixel_values_videos"][0])
+  want = theirs["sampled"]["pixel_values_videos"][0]
+  assert_equal_pixels(processor, got.pixels, want)
 
 
 @pytest.mark.torchvision
@@ -222,6 +254,18 @@ def test_pixels_and_tokens_of_an_image_equal_transformers(theirs, name):
   want = theirs["image", name]
   frames = Frames(make_frames(1, height, width), np.zeros(1), (height, width))
   got, layout = process_frames(processor, frames)
-  assert layout.grid.time == len(want["pixel_values"][0])
+  assert layout.grid.time == len(want["pixel_values"][0]) + 1
   assert processor.write_text(layout)[0] == want["input_ids"].size
-  assert_equal_pixels(processor, got, want["pixel_values"][0])
+  crops = got.pixels[: -(processor.side**2)]
+  assert_equal_pixels(processor, crops, want["pixel_values"][0])
+
+
+@pytest.mark.torchvision
+def test_pixels_and_tokens_of_several_images_equal_transformers(theirs):
+  want = theirs["several"]
+  frames = [Frames(make_frames(1, *x), np.zeros(1), x) for x in SEVERAL]
+  made = [process_frames(SMALL, each) for each in frames]
+  for (got, _), pixels in zip(made, want["pixel_values"], strict=True):
+    assert_equal_pixels(SMALL, got.pixels[-(SMALL.side**2) :], pixels)
+  tokens = lay_out(SMALL, *(layout for _, layout in made))
+  assert count_features(tokens) == want["input_ids"].size == 3 * 26

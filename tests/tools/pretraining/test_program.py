@@ -31,7 +31,7 @@ def exported(tmp_path_factory):
   folder = tmp_path_factory.mktemp("small")
   shutil.copytree(SHIPPED, folder / "export/llava")  # To learn a tokenizer takes long.
   program.run(config(), str(folder))
-  _, variables, _ = convert.load_llava(folder / "export/llava", dtype="float32")
+  _, variables, _ = convert.load_checkpoint(folder / "export/llava", dtype="float32")
   return folder, variables["params"]
 
 
@@ -44,7 +44,7 @@ def test_a_report_finds_the_phases(exported):
 
 def test_a_base_of_given_towers_has_them_as_they_were(exported):
   _, params = exported
-  _, variables, _ = convert.load_llava(SHIPPED, dtype="float32")
+  _, variables, _ = convert.load_checkpoint(SHIPPED, dtype="float32")
   towers = params["vision"], variables["params"]["vision"]
   jax.tree.map(np.testing.assert_array_equal, *towers)
 

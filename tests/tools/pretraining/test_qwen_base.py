@@ -52,7 +52,7 @@ def exported(config, tok, base, tmp_path_factory):
   update = jax.jit(make_update(base.method.loss, tx))
   state, _ = update(init_state(base.params, tx), base.frozen, batch)
   base.export(folder, state.params)
-  return folder, convert.load_llava(folder, dtype="float32")[1]["params"]
+  return folder, convert.load_checkpoint(folder, dtype="float32")[1]["params"]
 
 
 def test_every_parameter_is_trained(base, exported):
@@ -63,7 +63,7 @@ def test_every_parameter_is_trained(base, exported):
 
 def test_processor_of_the_files_is_that_of_training(config, exported):
   folder, _ = exported
-  model, _, published = convert.load_llava(folder)
+  model, _, published = convert.load_checkpoint(folder)
   processor = convert.load_processor(folder, published, model, 0)
   assert processor == qwen_base.make_processor(config)
   assert processor.choose_grid(64, 64, 12) == (6, 4, 4)

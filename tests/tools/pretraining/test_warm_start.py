@@ -17,7 +17,7 @@ EMBED = 96
 
 @pytest.fixture(scope="module")
 def old():
-  return convert.load_llava(FOLDER, dtype="float32")[1]["params"]
+  return convert.load_checkpoint(FOLDER, dtype="float32")[1]["params"]
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,13 @@ run to a short list. Without it, each video has the exact size of its family.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.data.video import Frames, Reading
+from vlmrlaif_jax.data.decoding.sampling import ByRule
+from vlmrlaif_jax.data.video import Frames, Reading, Resizing
 
 # Texts, and between them the numbers of tokens that receive features.
 VideoText: TypeAlias = list[str | int]
@@ -35,6 +36,9 @@ VideoText: TypeAlias = list[str | int]
 Positions: TypeAlias = Int[np.ndarray, "tokens axes"]
 # Positions of a run of placeholders, relative to its start.
 Block: TypeAlias = Int[np.ndarray, "_run axes"]
+
+
+VariedT = TypeVar("VariedT")
 
 
 class Grid(NamedTuple):
@@ -54,6 +58,7 @@ class Visual(NamedTuple):
   rate: float = 0.0
   # Height and width of an image in pixels, before it is resized; () for a video.
   size: tuple[int, ...] = ()
+  is_one_of_several: bool = False  # Whether it is an image of a prompt with others.
 
   @property
   def patch_frames(self) -> int:
@@ -126,6 +131,13 @@ class Processor(Protocol):
     """
     ...
 
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns settings of the limits, as of Hugging Face's image and video processor.
+
+    A setting of None is one to remove.
+    """
+    ...
+
   def fix_grids(self) -> "Processor":
     """Returns the processor with a short list of sizes of frames.
 
@@ -174,6 +186,23 @@ class Processor(Protocol):
     ...
 
 
+class VariedVideos(ByRule, Resizing, Protocol):
+  """Methods of the processors whose videos have layouts of their own."""
+
+  @property
+  def layout(self) -> None:
+    """None, because each video has its own layout."""
+    return None
+
+  def fix_grids(self: VariedT) -> VariedT:
+    """Returns the processor itself, for a family whose frames have one size."""
+    return self
+
+  def make_reading(self, decoder: str) -> Reading:
+    """Returns the settings for reading frames by `sample_frames` and `resize`."""
+    return Reading(self, decoder=decoder, resizing=self)
+
+
 def process_frames(
   processor: Processor, frames: Frames
 ) -> tuple[ProcessedVideo, Visual]:
@@ -194,8 +223,18 @@ def process_frames(
   return processor.process(frames.pixels, grid), layout
 
 
+def mark_several(visuals: Sequence[Visual]) -> list[Visual]:
+  """Returns the layouts of a prompt, in which images are marked if they are several."""
+  several = sum(not visual.seconds for visual in visuals) > 1
+  return [
+    visual._replace(is_one_of_several=several and not visual.seconds)
+    for visual in visuals
+  ]
+
+
 def lay_out(processor: Processor, *visuals: Visual) -> VideoTokens:
   """Returns the tokens that stand for images and videos in a prompt, in order."""
+  visuals = tuple(mark_several(visuals))
   texts = [processor.write_text(visual) for visual in visuals]
   blocks = [block for visual in visuals for block in processor.list_blocks(visual)]
   return VideoTokens(texts, blocks, processor.axes)

@@ -5,6 +5,7 @@ its positions are those of text.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -60,6 +61,10 @@ class LlavaProcessor:
         "one size. Set 0, and set frames to change their number."
       )
     return self
+
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns no settings, because Hugging Face's LLaVA has no videos."""
+    return {}, {}
 
   def fix_grids(self) -> "LlavaProcessor":
     """Returns the processor, whose grids have one size."""

@@ -1,8 +1,9 @@
 """Processor of LLaVA-OneVision (Li et al. 2024, 2408.03326), and of LLaVA-Video.
 
-All frames are resized to one square. An image is resized twice: to one square, and to a
-rectangle of several squares, the crops. A video or an image is one run of placeholders,
-and its positions are those of text.
+All frames are resized to one square. An image is resized to one square, and to a
+rectangle of several squares, the crops. If a prompt has several images, each is one
+square, to which it is padded. A video or an image is one run of placeholders, and its
+positions are those of text.
 """
 
 import dataclasses
@@ -13,15 +14,16 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from vlmrlaif_jax.data.decoding.squares import pad_and_resize
 from vlmrlaif_jax.data.processors.anyres import AnyResolution, resize
 from vlmrlaif_jax.data.processors.interface import (
   Block,
   Grid,
   ProcessedVideo,
+  VariedVideos,
   VideoText,
   Visual,
 )
-from vlmrlaif_jax.data.video import Reading
 
 _SIDES = tuple(384 * count for count in range(1, 7))
 _ASPECT = "anyres_max_"  # Start of vision_aspect_ratio; the largest number follows.
@@ -41,7 +43,7 @@ _KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlavaOnevisionProcessor:
+class LlavaOnevisionProcessor(VariedVideos):
   """Settings of the published checkpoints, and the methods of interface.Processor."""
 
   image: int = 384  # Side of a frame or crop in pixels, after it is resized.
@@ -50,6 +52,7 @@ class LlavaOnevisionProcessor:
   rate: float = 0.0  # Frames per second that are read at most; 0 for no limit.
   pool: str = "bilinear"  # Pooling of the features of a frame, or "average".
   newline: str = "one_token"  # See models.llava_onevision.NEWLINES.
+  has_times: bool = False  # Whether the text of a video has the times of its frames.
   # Heights and widths in pixels of the rectangles that crops form.
   pinpoints: tuple[tuple[int, int], ...] = tuple((a, b) for a in _SIDES for b in _SIDES)
   max_crops: int = 9  # Crops of which all features are used.
@@ -79,6 +82,7 @@ class LlavaOnevisionProcessor:
       "width": config["text_config"]["hidden_size"],
       "pool": config.get("mm_spatial_pool_mode", cls.pool),
       "newline": config.get("mm_newline_position", cls.newline),
+      "has_times": config.get("add_time_instruction", cls.has_times),
     }
     side, problems = vision["image_size"], []
     for kind, part in (("image", image), ("video", video)):
@@ -132,6 +136,10 @@ class LlavaOnevisionProcessor:
     rate = min((x for x in (self.rate, fps) if x), default=0.0)
     return dataclasses.replace(self, frames=min(limits), rate=rate)
 
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the number of frames; transformers has no limit of their rate."""
+    return {}, {"num_frames": self.frames, "do_sample_frames": True}
+
   @property
   def fps(self) -> float:
     """Frames per second that are read; of a folder of frames, those that it has."""
@@ -159,22 +167,10 @@ class LlavaOnevisionProcessor:
       self.image, self.side, self.pinpoints, self.max_crops, self.width
     )
 
-  @property
-  def layout(self) -> None:
-    """None, because each video has its own number of frames."""
-
   def find_max_layout(self) -> Visual:
     """Returns the layout of a video with the most tokens."""
     seconds = tuple(float(i) for i in range(self.frames))
     return Visual(Grid(self.frames, self.pooled_side, self.pooled_side), seconds)
-
-  def fix_grids(self) -> "LlavaOnevisionProcessor":
-    """Returns the processor, whose frames and crops have one size."""
-    return self
-
-  def make_reading(self, decoder: str) -> Reading:
-    """Returns the settings for reading frames by `sample_frames` and `resize`."""
-    return Reading(self, decoder=decoder, resizing=self)
 
   def resize(
     self, frame: UInt8[np.ndarray, "height width 3"], frames: int | None
@@ -205,6 +201,7 @@ class LlavaOnevisionProcessor:
     """Returns frames or crops, and the rows and columns of the features of each.
 
     The first crop of an image shows all of it. Others are parts of it, in raster order.
+    The last one is the padded image, which is used in prompts with several images.
 
     Args:
       height: height of the frames or of the image in pixels, before it is resized.
@@ -214,7 +211,7 @@ class LlavaOnevisionProcessor:
     if frames is not None:
       return Grid(frames, self.pooled_side, self.pooled_side)
     rows, columns = self.images.choose_crops(height, width)
-    return Grid(1 + rows * columns, self.side, self.side)
+    return Grid(2 + rows * columns, self.side, self.side)
 
   def process(
     self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
@@ -228,7 +225,10 @@ class LlavaOnevisionProcessor:
     mean, std = self.mean, self.std
     if grid.height != self.pooled_side:
       mean, std = self.image_mean, self.image_std
-      squares = self.images.cut_crops(Image.fromarray(frames[0]))
+      image = Image.fromarray(frames[0])
+      fill = tuple(int(255 * x) for x in self.image_mean)
+      squares = self.images.cut_crops(image)
+      squares.append(pad_and_resize(image, self.image, fill))
     else:
       squares = [resize(Image.fromarray(x), self.image, self.image) for x in frames]
     center, scale = (255 * np.array(x, np.float32) for x in (mean, std))
@@ -245,7 +245,10 @@ class LlavaOnevisionProcessor:
     >>> LlavaOnevisionProcessor().write_text(video)
     [393, '\n']
     """
-    return [self._count_tokens(visual), "\n"]
+    count = self._count_tokens(visual)
+    if not (self.has_times and visual.seconds):
+      return [count, "\n"]
+    return [count, f"\n{_describe_times(visual)}\n"]
 
   def list_blocks(self, visual: Visual) -> list[Block]:
     """Returns the positions of an image or a video, which count its tokens."""
@@ -260,8 +263,10 @@ class LlavaOnevisionProcessor:
       features: features of each frame or crop. The last of each is the newline.
       visual: layout of the video or of a part of it, or of the image.
     """
+    if visual.is_one_of_several:
+      return features[-1]
     if visual.size:
-      return self.images.arrange(features, *visual.size)
+      return self.images.arrange(features[:-1], *visual.size)
     flat = features.reshape(-1, features.shape[-1])
     if self.newline != "one_token":
       return flat
@@ -270,11 +275,26 @@ class LlavaOnevisionProcessor:
 
   def _count_tokens(self, visual: Visual) -> int:
     time, rows, columns = visual.grid
+    if visual.is_one_of_several:
+      return self.side**2 + 1
     if visual.size:
       rows, columns = self.images.fit_features(*visual.size)
       return self.side**2 + rows * (columns + 1)
     newlines = {"one_token": 1, "frame": time, "grid": time * rows}
     return time * rows * columns + newlines[self.newline]
+
+
+def _describe_times(visual: Visual) -> str:
+  """Returns LLaVA-Video's sentences about the times of frames (2410.02713)."""
+  count, duration = len(visual.seconds), visual.seconds[-1]
+  if visual.rate:
+    duration = count / visual.rate
+  times = ",".join(f"{time:.2f}s" for time in visual.seconds)
+  return (
+    f"The video lasts for {duration:.2f} seconds, and {count} frames are uniformly "
+    f"sampled from it. These frames are located at {times}.Please answer the following "
+    "questions related to this video."
+  )
 
 
 def _check_processor(kind: str, config: Mapping[str, Any], side: int) -> list[str]:

@@ -106,6 +106,13 @@ class Qwen25VLProcessor(TemporalPatches):
     tokens = int(max_pixels / FRAMES / self.multiple**2 / _USED)
     return dataclasses.replace(self, max_video_tokens=tokens)
 
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of `limit`, and the tokens of a video if limited."""
+    image, video = super().write_limits()
+    if self.max_video_tokens:
+      video |= dict(cap_pixels_per_frame=True, max_video_tokens=self.max_video_tokens)
+    return image, video
+
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.
 

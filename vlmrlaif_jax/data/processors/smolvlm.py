@@ -18,13 +18,13 @@ from vlmrlaif_jax.data.processors.interface import (
   Block,
   Grid,
   ProcessedVideo,
+  VariedVideos,
   VideoText,
   Visual,
   count_features,
   lay_out,
 )
 from vlmrlaif_jax.data.processors.qwen3_vl import DEFAULT_RATE
-from vlmrlaif_jax.data.video import Reading
 
 _MAX_SIDE = 4096  # Greatest length of the longer side of a resized image, in pixels.
 _SKIP_S = 1.0  # Seconds at both ends of a long video of which no frame is read.
@@ -47,7 +47,7 @@ _USED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmolVLMProcessor:
+class SmolVLMProcessor(VariedVideos):
   """Settings of the published checkpoints, and the methods of interface.Processor."""
 
   side: int = 512  # Height and width of a frame or a crop, in pixels.
@@ -101,10 +101,6 @@ class SmolVLMProcessor:
     """Height and width of frames in pixels."""
     return self.side
 
-  @property
-  def layout(self) -> None:
-    """None, because each video has its own layout."""
-
   def find_max_layout(self) -> Visual:
     """Returns the layout with the most tokens, of a video or an image of all crops."""
     seconds = tuple(i / self.fps for i in range(self.max_frames))
@@ -144,13 +140,14 @@ class SmolVLMProcessor:
       )
     return dataclasses.replace(self, fps=fps or self.fps, max_frames=frames)
 
-  def fix_grids(self) -> "SmolVLMProcessor":
-    """Returns the processor, whose frames and crops have one size."""
-    return self
-
-  def make_reading(self, decoder: str) -> Reading:
-    """Returns the settings for reading frames by `sample_frames` and `resize`."""
-    return Reading(self, decoder=decoder, resizing=self)
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of `limit`, as the published configs have them."""
+    sampling = {
+      "fps": self.fps,
+      "max_frames": self.max_frames,
+      "video_size": {"longest_edge": self.longest},
+    }
+    return {}, {"video_sampling": sampling, "do_sample_frames": True}
 
   def resize(
     self, frame: UInt8[np.ndarray, "height width 3"], frames: int | None

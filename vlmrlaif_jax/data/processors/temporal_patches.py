@@ -18,11 +18,11 @@ from vlmrlaif_jax.data.decoding.files import MAX_PIXELS
 from vlmrlaif_jax.data.processors.interface import (
   Grid,
   ProcessedVideo,
+  VariedVideos,
   Visual,
   fix_grid,
 )
 from vlmrlaif_jax.data.processors.sizes import FRAMES, RATIOS, fit_size, list_sizes
-from vlmrlaif_jax.data.video import Reading
 
 ProcessorT = TypeVar("ProcessorT", bound="TemporalPatches")
 DEFAULT_RATE = 24.0  # Frames per second of a video whose file does not state it.
@@ -60,7 +60,7 @@ _UNUSED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TemporalPatches(abc.ABC):
+class TemporalPatches(VariedVideos):
   """Settings and methods that the processors of Qwen2.5-VL and Qwen3-VL share."""
 
   patch: int  # Side of a patch, in pixels.
@@ -125,11 +125,6 @@ class TemporalPatches(abc.ABC):
     sizes = " in a short list of sizes" if self.is_fixed else ""
     return f"{self.min_pixels} to {self.max_pixels} pixels{sizes}"
 
-  @property
-  def layout(self) -> None:
-    """None, because each video has its own layout."""
-    return None
-
   def find_max_layout(self) -> Visual:
     """Returns the layout of a video with the most tokens, for sides of RATIOS."""
     totals = range(FRAMES, max(self.max_frames, FRAMES) + 1)
@@ -183,6 +178,19 @@ class TemporalPatches(abc.ABC):
       max_image_pixels=min(self.max_image_pixels, max_pixels),
     )
 
+  def write_limits(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of `limit`; pixels have other names in older configs."""
+    pixels = lambda least, most: {
+      "size": {"shortest_edge": least, "longest_edge": most},
+      **dict.fromkeys(("min_pixels", "max_pixels")),
+    }
+    return pixels(self.min_image_pixels, self.max_image_pixels), {
+      **pixels(self.min_pixels, self.max_pixels),
+      "fps": self.fps,
+      "max_frames": self.max_frames,
+      "do_sample_frames": True,
+    }
+
   def fix_grids(self: ProcessorT) -> ProcessorT:
     """Returns the processor with the sizes of list_sizes, so that grids are few.
 
@@ -190,10 +198,6 @@ class TemporalPatches(abc.ABC):
     pixels of a video are limited as if it had `max_frames` frames.
     """
     return dataclasses.replace(self, is_fixed=True)
-
-  def make_reading(self, decoder: str) -> Reading:
-    """Returns the settings for reading frames by `sample_frames` and `resize`."""
-    return Reading(self, decoder=decoder, resizing=self)
 
   def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
     """Returns the grid of a video, or of an image if `frames` is None.

@@ -167,7 +167,7 @@ def _make_reference_hook(
     path = str(folder / "anchor" / str(start))
     if step == start and checkpoint.get_latest_step(path) is None:
       state = TrainState(np.array(step, np.int32), params, ())
-      checkpoint.save_checkpoint(path, state, step, keep=1)
+      checkpoint.save_train_state(path, state, step, keep=1)
     loaded.add(start)
     return {
       "ref": merge_params(base, checkpoint.restore_saved_params(path, like)["policy"])
