@@ -32,4 +32,5 @@ def token_weights(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
 
 def constant_weights(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
   """Weighs for Dr. GRPO (2503.20783, section 3.2): mean of token sums / max_new."""
-  return mask / max_new, jnp.sum(jnp.any(mask, axis=-1)).astype(jnp.float32)
+  _, count = response_weights(mask, max_new)
+  return mask / max_new, count
