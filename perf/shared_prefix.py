@@ -109,7 +109,8 @@ def make_rollout(size: Size, case: Case) -> grpo.GroupRollout:
   groups = Groups(batch, words(answers), full, full, answers_at)
   logps = np.full(answers, -np.log(vocab), np.float32)
   advantages = rng.standard_normal(answers[:2], np.float32)
-  data = grpo.GroupRollout(groups, logps, logps, advantages)
+  weights = np.ones(answers, np.float32)
+  data = grpo.GroupRollout(groups, logps, logps, advantages, weights)
   return jax.tree.map(jnp.asarray, data)
 
 

@@ -23,7 +23,12 @@ def test_both_stages_have_the_papers_constants():
   assert (oracle.prompt_len, oracle.max_new) == (12800, 2048)
   for part in (config.grm, config.grpo):
     assert part.batch_size == 360
-    assert (part.kl_coef, part.clip_eps, part.temperature) == (0.02, 0.2, 1.0)
+    assert (part.kl_coef, part.temperature) == (0.02, 1.0)
+    assert (part.surrogate, part.clip_eps_low, part.clip_eps_high) == (
+      "ppo_clip",
+      0.2,
+      0.2,
+    )
     assert (part.advantage, part.truncated_responses) == ("grpo_scalar", "keep")
     assert part.optimizer.weight_decay == 0.01
     assert part.optimizer.schedule == "cosine"

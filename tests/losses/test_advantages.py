@@ -14,6 +14,7 @@ from vlmrlaif_jax.losses.advantages import (
   KL_ESTIMATORS,
   compute_token_rewards,
   estimate_kl,
+  estimate_reverse_kl,
 )
 
 gae = jax.jit(shipped.compute_gae, static_argnames=("gamma", "lam"))
@@ -91,6 +92,27 @@ def test_kl_estimate_works_elementwise_on_any_axes(estimator):
 def test_kl_estimate_keeps_the_digits_of_a_small_k3():
   kl = estimate_kl(jnp.zeros(1), jnp.full(1, 1e-3), estimator="k3")
   np.testing.assert_allclose(kl, 0.5e-6 + 1e-9 / 6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  "kl",
+  [
+    lambda x: estimate_kl(-x, 0 * x, estimator="k3"),
+    lambda x: estimate_reverse_kl(x, 0 * x),
+  ],
+)
+def test_k3_continues_along_its_tangent_far_away_in_both_directions(kl):
+  log_ratio = jnp.array([-1e3, -25.0, 2.0, 20.0, 25.0, 1e3])
+  steepest = math.expm1(20)
+  values = [1e3 - 1, 24, math.expm1(2) - 2]
+  values += [steepest - 20 + steepest * x for x in (0, 5, 980)]
+  slopes = [-1, -1, math.expm1(2), steepest, steepest, steepest]
+  np.testing.assert_allclose(kl(log_ratio), values, rtol=1e-6)
+  grad = jax.grad(lambda x: kl(x).sum())(log_ratio)
+  np.testing.assert_allclose(
+    grad[jnp.array([0, 1, 2, 4, 5])], np.delete(slopes, 3), rtol=1e-5
+  )
+  assert jnp.isfinite(grad).all()
 
 
 def test_kl_estimate_refuses_an_unknown_estimator():

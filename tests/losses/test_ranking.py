@@ -19,6 +19,11 @@ BY_ORDER = {
 BY_SCORE = {
   "grpo_scalar": ranking.zscore_advantages,
   "dr_grpo": ranking.centered_advantages,
+  "rloo": ranking.leave_one_out_advantages,
+}
+BY_BATCH = {
+  "reinforce_pp": ranking.reinforce_advantages,
+  "reinforce_pp_baseline": ranking.reinforce_baseline_advantages,
 }
 LITERAL = {
   "paper_ratio": ranking.ratio_advantages,
@@ -141,6 +146,85 @@ def test_zscore_divides_by_the_deviation_of_a_sample():
   np.testing.assert_allclose(advantages("grpo_scalar", scores), want, rtol=1e-5)
   want = scores - scores.mean()
   np.testing.assert_allclose(advantages("dr_grpo", scores), want, rtol=1e-5)
+
+
+def test_leave_one_out_is_the_score_less_the_mean_of_the_others():
+  scores = [1.0, 4.0, 2.5, 9.0]
+  by_loop = [s - np.mean(scores[:i] + scores[i + 1 :]) for i, s in enumerate(scores)]
+  np.testing.assert_allclose(advantages("rloo", scores), by_loop, rtol=1e-6)
+  # verl's form: n / (n - 1) of the score less that of the mean.
+  by_verl = [s * 4 / 3 - np.mean(scores) * 4 / 3 for s in scores]
+  np.testing.assert_allclose(advantages("rloo", scores), by_verl, rtol=1e-6)
+  np.testing.assert_array_equal(  # One response has nothing to be compared with.
+    advantages("rloo", scores, valid=[False, True, False, False]), 0
+  )
+
+
+def whiten(x):
+  """verl's masked_whiten for responses of one token each: an unbiased variance."""
+  x = np.asarray(x, float)
+  return (x - x.mean()) / np.sqrt(x.var(ddof=1) + 1e-8)
+
+
+@named(BY_BATCH)
+def test_advantages_over_the_batch_equal_a_loop(name):
+  scores, _, valid = some_groups()
+  scores, valid = scores[:6], valid[:6] & (np.arange(6) != 2)[:, None]
+  flat = []
+  for row, kept in zip(scores, valid, strict=True):
+    baseline = row[kept].mean() if "baseline" in name and kept.any() else 0.0
+    flat += [score - baseline for score in row[kept]]
+  got = np.asarray(BY_BATCH[name](jnp.asarray(scores), jnp.asarray(valid)))
+  np.testing.assert_allclose(got[valid], whiten(flat), atol=1e-6)
+  assert (got[~valid] == 0).all() and abs(got.sum()) < 1e-5
+  same = np.full((2, 3), 3.0, np.float32)
+  for kept in (np.ones((2, 3), bool), np.zeros((2, 3), bool)):
+    np.testing.assert_array_equal(BY_BATCH[name](*map(jnp.asarray, (same, kept))), 0)
+
+
+@named(BY_BATCH)
+def test_no_gradient_flows_through_an_advantage_over_the_batch(name):
+  scores, _, valid = map(jnp.asarray, some_groups())
+  grad = jax.grad(lambda scores: jnp.sum(BY_BATCH[name](scores, valid) ** 2))(scores)
+  np.testing.assert_array_equal(grad, 0)
+
+
+def test_only_a_baseline_of_the_batch_compares_groups_of_ties():
+  scores, valid = jnp.array([[1.0, 1.0], [0.0, 0.0]]), jnp.ones((2, 2), bool)
+  np.testing.assert_allclose(  # The std is sqrt(4 x 0.25 / 3).
+    ranking.reinforce_advantages(scores, valid),
+    [2 * [0.75**0.5], 2 * [-(0.75**0.5)]],
+    rtol=1e-6,
+  )
+  np.testing.assert_array_equal(ranking.reinforce_baseline_advantages(scores, valid), 0)
+
+
+def test_groups_that_differ_most_are_selected_and_the_first_of_equals():
+  scores = jnp.array(
+    [
+      [0.1, 0.1, 0.1],  # A tie.
+      [2.0, 0.0, 1.0],
+      [0.0, 1.0, 2.0],  # As far apart as the one before.
+      [9.0, 0.0, 0.0],  # One valid score.
+      [7.0, 0.0, 9.0],  # No valid score.
+      [5.0, 4.5, 4.0],
+      [0.0, 3.0, 9.0],  # Two valid scores.
+    ]
+  )
+  valid = jnp.ones((7, 3), bool).at[3, 1:].set(False).at[4].set(False)
+  valid = valid.at[6, 2].set(False)
+  order = ranking.select_differing_groups
+  for count, want in [
+    (1, [6]),
+    (2, [1, 6]),
+    (3, [1, 2, 6]),
+    (4, [1, 2, 5, 6]),
+    (6, [0, 1, 2, 3, 5, 6]),
+  ]:
+    np.testing.assert_array_equal(order(scores, valid, count), want)
+  np.testing.assert_array_equal(
+    ranking.are_tied(scores, valid), [True, False, False, True, True, False, False]
+  )
 
 
 def some_groups():

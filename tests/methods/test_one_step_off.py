@@ -1,6 +1,6 @@
-"""GRPO whose rollouts are of the policy before the last update, beside GRPO on policy.
+"""GRPO in the loop: one step off the policy, beside on policy; from a collapsed policy.
 
-The policy knows the last token alone, so that both train in seconds.
+The policy knows the last token alone, so that all train in seconds.
 """
 
 import io
@@ -54,25 +54,32 @@ def prompts(step):
   )
 
 
-def trained(folder, async_rollouts):
+def alike(frozen, batch):
+  """The same score for every response."""
+  return np.ones(len(batch.tokens)), np.ones(len(batch.tokens), bool)
+
+
+def trained(folder, async_rollouts, *, start=None, score=even, steps=STEPS, **settings):
   """The lines of metrics of a training."""
+  start = start or {"policy": table(0), "ref": table(0)}
   config = grpo.default_config()
   config.update(
     samples=SAMPLES, truncated_responses="keep", advantage="grpo_scalar", kl_coef=0.04
   )
   config.old_logps = "computed"  # `generate` above records none.
+  config.update(settings)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(_rollout, "generate", generate)
-    parts = MethodModels(policy=Bigrams, score=even)
+    parts = MethodModels(policy=Bigrams, score=score)
     method = grpo.make(config, parts, max_new=NEW, stops=(EOS,), pad=PAD, vocab=VOCAB)
     tx = optax.adam(0.05)
-    with StageLog(folder, "toy", STEPS, stream=io.StringIO()) as log:
+    with StageLog(folder, "toy", steps, stream=io.StringIO()) as log:
       job = TrainingJob(
         method=method,
-        params={"policy": table(0)},
-        frozen={"policy": {}, "ref": table(0)},
+        params={"policy": start["policy"]},
+        frozen={"policy": {}, "ref": start["ref"]},
         batch_spec=None,
-        schedule=TrainingSchedule(STEPS, STEPS, async_rollouts=async_rollouts),
+        schedule=TrainingSchedule(steps, steps, async_rollouts=async_rollouts),
         optimizer=default_config(),
         passes={},
         alarms=alarms.default_config(),
@@ -116,3 +123,21 @@ def test_the_ratio_is_to_the_policy_that_sampled_and_stays_near_1(on, off):
 def test_staleness_is_told_one_step_off_alone(on, off):
   assert column(off, "staleness").tolist() == [0] + [1] * (STEPS - 1)
   assert "staleness" not in on[0]
+
+
+@pytest.mark.parametrize("held", ["kl_coef", "entropy_coef"])
+def test_a_collapsed_policy_is_pulled_back(tmp_path, held):
+  # Each token is followed by the next one, with probability 0.98. The reference is
+  # uniform, so KL is log(VOCAB) less the entropy.
+  next_token = jnp.roll(jnp.eye(VOCAB), 1, axis=1)
+  start = {
+    "policy": {"params": {"table": 6.0 * next_token}},
+    "ref": {"params": {"table": 0.0 * next_token}},
+  }
+  settings = {"kl_coef": 0.0, "entropy_coef": 0.0, held: 1.0}
+  lines = trained(tmp_path, False, start=start, score=alike, steps=20, **settings)
+  assert (column(lines, "tied") == 1).all() and (column(lines, "learned") == 0).all()
+  assert (column(lines, "policy_loss") == 0).all()
+  entropy = column(lines, "policy_entropy")
+  assert entropy[0] < 0.15 and (np.diff(entropy) > 0).all()
+  assert entropy[-1] > 1.5 * entropy[0]

@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+# Limit of k3's exponential in nats, which overflows at 88. The tangent continues it, so
+# that no distance is without a gradient.
+_MAX_LOG_RATIO = 20.0
+
 
 def _k1(log_ratio: Float[Array, "*batch time"]) -> Float[Array, "*batch time"]:
   return -log_ratio
@@ -14,7 +18,9 @@ def _k1_clamped(log_ratio: Float[Array, "*batch time"]) -> Float[Array, "*batch 
 
 
 def _k3(log_ratio: Float[Array, "*batch time"]) -> Float[Array, "*batch time"]:
-  return jnp.expm1(log_ratio) - log_ratio
+  bounded = jnp.minimum(log_ratio, _MAX_LOG_RATIO)
+  excess = jnp.maximum(log_ratio - _MAX_LOG_RATIO, 0.0)
+  return jnp.expm1(bounded) - bounded + jnp.expm1(_MAX_LOG_RATIO) * excess
 
 
 # Functions of log r, with r = p_ref / p.
@@ -32,7 +38,8 @@ def estimate_kl(
   With r = p_ref / p, as in joschu.net/blog/kl-approx.html:
     k1          -log r: unbiased, may be negative.
     k1_clamped  max(0, -log r): biased upward, as in VLM-RLAIF's code.
-    k3          r - 1 - log r: unbiased, never negative. Also 2402.03300, eq. 4.
+    k3          r - 1 - log r: unbiased, never negative. Also 2402.03300, eq. 4. Above
+                log r = 20, it continues along its tangent.
 
   >>> logps, ref_logps = jnp.array([-1.0, -2.0]), jnp.array([-2.0, -1.0])
   >>> for name in KL_ESTIMATORS:
@@ -53,6 +60,19 @@ def estimate_kl(
     names = ", ".join(f'"{name}"' for name in KL_ESTIMATORS)
     raise ValueError(f"estimator must be one of {names}, not {estimator!r}")
   return KL_ESTIMATORS[estimator](jax.lax.stop_gradient(ref_logps) - logps)
+
+
+def estimate_reverse_kl(
+  logps: Float[Array, "*batch time"], ref_logps: Float[Array, "*batch time"]
+) -> Float[Array, "*batch time"]:
+  """Estimates KL(reference || policy) in nats: k3 with reversed arguments.
+
+    r - 1 - log r,  with r = p / p_ref
+
+  It is unbiased for tokens of the reference. If the policy that sampled the tokens has
+  been updated since it was the reference, there is a small bias.
+  """
+  return _k3(logps - jax.lax.stop_gradient(ref_logps))
 
 
 def compute_token_rewards(

@@ -2,7 +2,8 @@
 
 Oracle-RLAIF (2510.02561) computes advantages from ranks. Its code is not public, and
 reports of its equations differ, so each reported form is a function here. The
-advantages of a group sum to 0 and carry no gradient.
+advantages of a group sum to 0 and carry no gradient. Those of reinforce_advantages sum
+to 0 over the whole batch only.
 
 Rank 0 is the best response. Tied responses share ranks: each gets the mean gain of
 these ranks (McSherry & Najork 2008). Responses that are not `valid` do not count as
@@ -123,6 +124,53 @@ def centered_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
   return _center(scores, valid)
 
 
+def leave_one_out_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
+  """Computes score - mean of the group's other scores: RLOO (2402.14740), section 3.2.
+
+  >>> print(leave_one_out_advantages(jnp.array([1.0, 2.0, 6.0]), jnp.ones(3, bool)))
+  [-3.  -1.5  4.5]
+  """
+  count = jnp.sum(valid, axis=-1, keepdims=True)
+  return _center(scores, valid) * count / jnp.maximum(count - 1, 1)
+
+
+# Advantages from the scores of the whole batch: all axes are reduced.
+
+
+def reinforce_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
+  """Computes (score - mean) / std over the batch: REINFORCE++ (2501.03262).
+
+  Responses to different prompts are compared with each other, so a group of equal
+  scores has an advantage too. The std divides by n - 1.
+
+  >>> scores, valid = jnp.array([[1.0, 2.0], [3.0, 9.0]]), jnp.ones((2, 2), bool)
+  >>> print(reinforce_advantages(scores, valid.at[1, 1].set(False)))
+  [[-1.  0.]
+   [ 1.  0.]]
+  """
+  each, used = scores.reshape(-1), valid.reshape(-1)
+  advantages = _divide_by_std(_center(each, used), used, eps=1e-8)
+  return advantages.reshape(scores.shape)
+
+
+def reinforce_baseline_advantages(
+  scores: GroupScores, valid: GroupValid
+) -> GroupScores:
+  """Computes (score - mean of the group) / std over the batch of these differences.
+
+  It is REINFORCE++ with the group's mean as the baseline (2501.03262). The differences
+  have mean 0 over the batch, as over each group. The std divides by n - 1.
+
+  >>> scores = jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 2.0]])
+  >>> print(reinforce_baseline_advantages(scores, jnp.ones((2, 3), bool)))
+  [[-1.118  0.     1.118]
+   [-1.118  0.     1.118]]
+  """
+  centered = _center(scores, valid).reshape(-1)
+  advantages = _divide_by_std(centered, valid.reshape(-1), eps=1e-8)
+  return advantages.reshape(scores.shape)
+
+
 # Advantages from the oracle's ranks and the policy's.
 
 
@@ -233,3 +281,37 @@ def _divide_by_std(
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
   square = jnp.sum(jnp.square(centered), axis=-1, keepdims=True)
   return centered / (jnp.sqrt(square / count) + eps)
+
+
+# Selection of groups.
+
+
+def are_tied(scores: GroupScores, valid: GroupValid) -> Bool[Array, "*batch"]:
+  """Returns whether the valid scores of each group are all equal, also if none is."""
+  highest = jnp.max(scores, axis=-1, where=valid, initial=-jnp.inf)
+  lowest = jnp.min(scores, axis=-1, where=valid, initial=jnp.inf)
+  return highest <= lowest  # For an empty group, -inf <= inf.
+
+
+def select_differing_groups(
+  scores: Float[Array, "prompts group"], valid: Bool[Array, "prompts group"], count: int
+) -> Int[Array, " selected"]:
+  """Returns the positions of the groups whose scores have the largest std, ascending.
+
+  It is the selection of DAPO's dynamic sampling (2503.14476, section 3.2) from a fixed
+  number of groups. Of groups with equal std, the first are selected. Groups without a
+  valid score come last.
+
+  >>> scores = jnp.array([[1.0, 1.0], [0.0, 2.0], [0.0, 1.0]])
+  >>> print(select_differing_groups(scores, jnp.ones((3, 2), bool), 2))
+  [1 2]
+  """
+  # Sorted, so that the order within a group does not change the rounding.
+  ordered = jnp.sort(jnp.where(valid, scores, jnp.inf), axis=-1)
+  is_first = jnp.arange(scores.shape[-1]) < jnp.sum(valid, axis=-1, keepdims=True)
+  # Differences from the lowest score: the std of a tie is exactly 0.
+  rise = jnp.where(is_first, ordered - ordered[:, :1], 0.0)
+  square = jnp.sum(jnp.square(_center(rise, is_first)), axis=-1)
+  variance = square / jnp.maximum(jnp.sum(valid, axis=-1) - 1, 1)
+  variance = jnp.where(is_first[:, 0], variance, -1.0)
+  return jnp.sort(jnp.argsort(-variance, stable=True)[:count])

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -34,7 +35,8 @@ def make_collector(
     score: see MethodModels.score. It may be a function of the host, because it is
       called between two jitted functions.
     prepare_rollout: jitted function of (params, frozen, sampled, scores, valid) that
-      returns (rollout, info).
+      returns (rollout, info). If info has a row for some of the responses only, it
+      contains "prompt_rows", the position of each row's prompt in the batch.
     **limits: max_new, stops, pad and vocab; see generate.
   """
   settings: dict[str, Any] = {key: config[key] for key in SAMPLING_SETTINGS} | limits
@@ -49,7 +51,9 @@ def make_collector(
       jax.block_until_ready(sampled)
     with phase("score"):
       scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
-    return prepare_rollout(params, frozen, sampled, scores, valid)
+    rollout, info = prepare_rollout(params, frozen, sampled, scores, valid)
+    rows = np.arange(len(sampled.batch.tokens)) // config.samples
+    return rollout, {"prompt_rows": jnp.asarray(rows)} | info
 
   return Collector(sample, finish)
 

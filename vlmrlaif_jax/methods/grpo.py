@@ -1,7 +1,10 @@
 """GRPO and its variants: advantages within a group of responses, without a critic.
 
-`advantage` and `loss_aggregation` select GRPO (2402.03300), Dr. GRPO (2503.20783),
-DAPO's mean over tokens (2503.14476) or Oracle-RLAIF's GRPO_rank (2510.02561).
+Each choice of a setting is a function with its paper, in a table of this module. The
+defaults are those of GRPO (2402.03300). `advantage` selects Dr. GRPO (2503.20783), RLOO
+(2402.14740), REINFORCE++ (2501.03262) or Oracle-RLAIF's GRPO_rank (2510.02561).
+`surrogate` selects the policy loss of DAPO (2503.14476), dual-clip PPO (1912.09729),
+CISPO (2506.13585) or GSPO (2507.18071).
 """
 
 import functools
@@ -10,27 +13,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core.errors import check_choices
+from vlmrlaif_jax.core.errors import check_at_least, check_choices
 from vlmrlaif_jax.core.types import (
+  AnyArray,
   Batch,
   Groups,
   Loss,
   Method,
   MethodModels,
   Stops,
-  group_rows,
-  has_stop,
   merge_params,
 )
-from vlmrlaif_jax.losses import ranking
-from vlmrlaif_jax.losses.advantages import estimate_kl
+from vlmrlaif_jax.losses import aggregation, policy, ranking, truncation
+from vlmrlaif_jax.losses.advantages import estimate_kl, estimate_reverse_kl
 from vlmrlaif_jax.losses.logprobs import sum_logps
 from vlmrlaif_jax.losses.masked import masked_mean, row_mean
-from vlmrlaif_jax.losses.policy import clipped_policy_loss
+from vlmrlaif_jax.methods._groups import ScoredGroups, group_scores, select_groups
 from vlmrlaif_jax.methods._rollout import compute_rollout_metrics, make_collector
 from vlmrlaif_jax.sampling.generate import SampledResponses, compute_group_logps
 
@@ -41,10 +43,13 @@ class GroupRollout(NamedTuple):
   Microbatches split the prompts, never a group.
   """
 
-  groups: Groups  # Responses; loss_mask excludes those without a training signal.
+  groups: Groups  # Responses; loss_mask excludes those without a score.
   old_logps: Float[Array, "prompts group time"]  # Log-probs under the sampling policy.
   ref_logps: Float[Array, "prompts group time"]  # Log-probs under the KL anchor.
   advantages: Float[Array, "prompts group"]  # Advantage of all tokens of a response.
+  # Factor of each token's policy loss. It is 0 for responses that are not compared, and
+  # scales the mean over all tokens of loss_mask to a mean over those compared.
+  policy_weights: Float[Array, "prompts group time"]
 
 
 def _ignore_policy(compute_advantages):
@@ -60,77 +65,101 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
   "rank_zscore": _ignore_policy(ranking.rank_zscore_advantages),
   "grpo_scalar": _ignore_policy(ranking.zscore_advantages),
   "dr_grpo": _ignore_policy(ranking.centered_advantages),
+  "rloo": _ignore_policy(ranking.leave_one_out_advantages),
+  # Over the scores of the whole batch.
+  "reinforce_pp": _ignore_policy(ranking.reinforce_advantages),
+  "reinforce_pp_baseline": _ignore_policy(ranking.reinforce_baseline_advantages),
   "lambda_ndcg": ranking.lambda_advantages,
   # As reported; they favor bad responses, see their docstrings.
   "paper_ratio": ranking.ratio_advantages,
   "paper_ratio_bounded": ranking.bounded_ratio_advantages,
   "paper_appendix": ranking.appendix_advantages,
 }
+# Advantages by which groups of equal scores differ from each other.
+BETWEEN_GROUPS = ("reinforce_pp",)
 
 
-Weights = tuple[Float[Array, "*batch time"], Float[Array, ""]]
+class Surrogate(NamedTuple):
+  """A policy loss, and the probability ratio that it clips."""
+
+  # (config, logps, old_logps, advantages, mask) -> loss of each token.
+  loss: Callable[..., Array]
+  # (logps, old_logps, mask) -> ratio of each token, for the metric clip_fraction.
+  ratio: Callable[..., Array] = lambda logps, old_logps, mask: policy.token_ratio(
+    logps, old_logps
+  )
 
 
-def _sequence_weights(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
-  length = jnp.sum(mask, axis=-1, keepdims=True)
-  return mask / jnp.maximum(length, 1), jnp.sum(length > 0).astype(jnp.float32)
+def _get_clip_range(config: ConfigDict) -> dict[str, float]:
+  return {key: config[key] for key in ("clip_eps_low", "clip_eps_high")}
 
 
-def _token_weights(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
-  return mask.astype(jnp.float32), jnp.sum(mask).astype(jnp.float32)
+SURROGATES = {
+  # PPO (1707.06347), and with clip_eps_high above clip_eps_low DAPO (2503.14476).
+  "ppo_clip": Surrogate(
+    lambda config, logps, old_logps, advantages, mask: policy.clip_higher_policy_loss(
+      logps, old_logps, advantages, **_get_clip_range(config)
+    )
+  ),
+  "dual_clip": Surrogate(
+    lambda config, logps, old_logps, advantages, mask: policy.dual_clip_policy_loss(
+      logps,
+      old_logps,
+      advantages,
+      max_ratio=config.dual_clip,
+      **_get_clip_range(config),
+    )
+  ),
+  "cispo": Surrogate(
+    lambda config, logps, old_logps, advantages, mask: policy.cispo_policy_loss(
+      logps, old_logps, advantages, **_get_clip_range(config)
+    )
+  ),
+  "gspo": Surrogate(
+    lambda config, logps, old_logps, advantages, mask: policy.sequence_policy_loss(
+      logps, old_logps, advantages, mask, **_get_clip_range(config)
+    ),
+    policy.sequence_ratio,
+  ),
+}
 
-
-def _constant_weights(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
-  return mask / max_new, jnp.sum(jnp.any(mask, axis=-1)).astype(jnp.float32)
-
-
-# Functions of (mask, max_new) for the loss and for its metrics. They return the weight
-# of each token and the divisor of the weighted sum.
+# Functions for the loss and for its metrics; see aggregation.py.
 LOSS_WEIGHTS = {
-  # GRPO (2402.03300, eq. 3): mean over responses of the mean over their tokens.
-  "response": (_sequence_weights, _sequence_weights),
-  # DAPO (2503.14476, section 3.3): mean over all tokens.
-  "token": (_token_weights, _token_weights),
-  # Dr. GRPO (2503.20783, section 3.2): mean over responses of token sums / max_new.
-  "constant": (_constant_weights, _sequence_weights),
+  "response": (aggregation.response_weights, aggregation.response_weights),
+  "token": (aggregation.token_weights, aggregation.token_weights),
+  "constant": (aggregation.constant_weights, aggregation.response_weights),
 }
 
-
-def reverse_kl(
-  logps: Float[Array, "*batch time"], ref_logps: Float[Array, "*batch time"]
-) -> Float[Array, "*batch time"]:
-  """Estimates KL(anchor || policy) in nats: k3 with reversed arguments.
-
-    exp(log r) - 1 - log r,  with r = p / p_anchor
-
-  It is unbiased for tokens of the anchor. The policy that sampled the tokens has been
-  updated since the anchor was copied, so there is a small bias.
-  """
-  log_ratio = jnp.clip(logps - jax.lax.stop_gradient(ref_logps), -20.0, 20.0)
-  return jnp.expm1(log_ratio) - log_ratio
-
-
-# Estimates KL(policy || anchor) by k3: GRPO (2402.03300), eq. 4.
-forward_kl = functools.partial(estimate_kl, estimator="k3")
+# Functions of (logps, ref_logps).
 KL_DIRECTIONS: dict[str, Callable[..., Array]] = {
-  "new_to_ref": forward_kl,
-  "old_to_new": reverse_kl,
+  # KL(policy || anchor) by k3: GRPO (2402.03300), eq. 4.
+  "new_to_ref": lambda logps, ref_logps: estimate_kl(logps, ref_logps, estimator="k3"),
+  # KL(anchor || policy): Oracle-RLAIF (2510.02561).
+  "old_to_new": estimate_reverse_kl,
 }
 
-# Treatments of responses without EOS: functions of (scores, valid, stopped) that return
-# new scores and valid, by group.
-TRUNCATED_RESPONSES = {
-  "rank_last": lambda scores, valid, stopped: (
-    _rank_truncated_last(scores, valid, stopped),
+# Treatments of responses that reach the maximum length: functions of
+# (config, scores, valid, stopped, fill) that return new scores and valid, by group.
+# `fill` is the length of a response divided by the maximum length.
+TRUNCATED_RESPONSES: dict[str, Callable[..., tuple[Array, Array]]] = {
+  "rank_last": lambda config, scores, valid, stopped, fill: (
+    truncation.rank_truncated_last(scores, valid, stopped),
     valid,
   ),
-  "mask": lambda scores, valid, stopped: (scores, valid & stopped),
-  "keep": lambda scores, valid, stopped: (scores, valid),
+  "mask": lambda config, scores, valid, stopped, fill: (scores, valid & stopped),
+  "keep": lambda config, scores, valid, stopped, fill: (scores, valid),
+  "soft_punish": lambda config, scores, valid, stopped, fill: (
+    scores
+    + config.overlong_penalty
+    * truncation.soft_overlong_punishment(fill, share=config.overlong_share),
+    valid,
+  ),
 }
 POLICY_LOGPS_REDUCTIONS = {"mean": row_mean, "sum": sum_logps}
 OLD_LOGPS = ("sampled", "computed")
 GRPO_CHOICES: dict[str, Collection[str]] = {
   "advantage": ADVANTAGES,
+  "surrogate": SURROGATES,
   "loss_aggregation": LOSS_WEIGHTS,
   "kl_direction": KL_DIRECTIONS,
   "truncated_responses": TRUNCATED_RESPONSES,
@@ -146,15 +175,28 @@ def default_config() -> ConfigDict:
       samples=placeholder(int),  # Responses per prompt.
       slots=0,  # Responses that are decoded concurrently; 0 for all.
       advantage=placeholder(str),  # A key of ADVANTAGES.
+      surrogate="ppo_clip",  # A key of SURROGATES: the policy loss.
+      clip_eps_low=0.2,  # Maximum decrease of the probability ratio from 1.
+      clip_eps_high=0.2,  # Maximum increase of the ratio from 1; 0.28 in DAPO.
+      dual_clip=3.0,  # Maximum ratio of "dual_clip" where an advantage is negative.
+      tis_max=0.0,  # Maximum of truncated importance weights; 0 disables them.
       loss_aggregation="response",  # A key of LOSS_WEIGHTS.
-      clip_eps=0.2,  # Maximum change of a token's probability ratio.
       kl_coef=placeholder(float),  # Weight of the KL per nat and token.
       # "new_to_ref" is KL(policy || anchor), "old_to_new" Oracle-RLAIF's reverse.
       kl_direction="new_to_ref",
       kl_anchor="sft",  # "sft", or "epoch_start": the stage replaces frozen["ref"].
       entropy_coef=0.0,  # Weight of the entropy bonus per nat and token.
-      truncated_responses="rank_last",  # "rank_last", "mask" or "keep" if without EOS.
-      drop_uniform_groups=True,  # Exclude groups whose scores are all equal.
+      # Of responses without EOS: "rank_last", "mask" or "keep". "soft_punish" is DAPO's
+      # punishment of length.
+      truncated_responses="rank_last",
+      overlong_share=0.2,  # Share of the maximum length that "soft_punish" punishes.
+      overlong_penalty=1.0,  # Score that "soft_punish" subtracts at the maximum length.
+      # Exclude groups whose scores are all equal from the mean of the policy loss. They
+      # stay in the means of KL and entropy.
+      drop_uniform_groups=True,
+      # Sampled prompts per prompt of the batch, for which the groups are kept whose
+      # scores differ most.
+      oversample=1,
       old_logps="sampled",  # "sampled", or "computed" by an additional forward pass.
       policy_logps_reduction="mean",  # "mean" or "sum" over the tokens of a response.
       temperature=1.0,  # Sampling temperature, above 0.
@@ -176,48 +218,45 @@ def make(
   a function of the host. `generate` describes max_new, stops, pad and vocab.
   """
   check(config)
-  policy = parts.policy
+  model = parts.policy
   logps_kwargs: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
   logps_kwargs["shared"] = config.shared_prefix
   compute_logps = lambda variables, groups: compute_group_logps(
-    policy, variables, groups, **logps_kwargs
+    model, variables, groups, **logps_kwargs
   )
 
   @jax.jit
   def prepare_rollout(params, frozen, sampled: SampledResponses, scores, valid):
-    batch, start = sampled.batch, sampled.logps.shape[1] - max_new
-    groups = group_rows(batch, group=config.samples, start=start)
-    to_groups = lambda x: x.reshape(-1, config.samples)
-    scores, valid, stopped = map(to_groups, (scores, valid, has_stop(batch, stops)))
-    valid &= jnp.isfinite(scores)
-    scores = jnp.where(valid, scores, 0.0)
-    old_logps = sampled.logps[:, start:].reshape(groups.tokens.shape)
-    gap = {}
+    treat = functools.partial(TRUNCATED_RESPONSES[config.truncated_responses], config)
+    scored = group_scores(
+      sampled,
+      scores,
+      valid,
+      samples=config.samples,
+      max_new=max_new,
+      stops=stops,
+      treat_truncated=treat,
+    )
+    info: dict[str, AnyArray] = {}
+    if config.oversample > 1:
+      scored, info = select_groups(scored, len(scored.scores) // config.oversample)
+    groups, old_logps = scored.groups, scored.sampler_logps
+    sampler_weights = jnp.ones_like(old_logps)
     if config.old_logps == "computed":
-      recorded = old_logps
       variables = merge_params(frozen["policy"], params["policy"])
       old_logps, _ = compute_logps(variables, groups)
-      gap["sampler_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
+      gap = jnp.abs(scored.sampler_logps - old_logps)
+      info["sampler_gap"] = masked_mean(gap, groups.loss_mask)
+    if config.tis_max:
+      sampler_weights = policy.truncated_importance_weights(
+        old_logps, scored.sampler_logps, max_weight=config.tis_max
+      )
+      info["tis_weight"] = masked_mean(sampler_weights, groups.loss_mask)
     ref_logps, _ = compute_logps(frozen["ref"], groups)
-    reduce_fn = POLICY_LOGPS_REDUCTIONS[config.policy_logps_reduction]
-    policy_logps = reduce_fn(old_logps, groups.loss_mask)
-    advantages, used, tied = _compute_group_advantages(
-      config, scores, valid, stopped, policy_logps
+    rollout, advantage_info = _compare_groups(
+      config, scored, old_logps, ref_logps, sampler_weights, max_new
     )
-    trained = groups._replace(loss_mask=groups.loss_mask & used[..., None])
-    # any() is avoided: libtpu fuses it with its operand and aborts for some sizes.
-    is_trained = jnp.sum(trained.loss_mask, axis=2) > 0
-    info = compute_rollout_metrics(
-      groups.tokens,
-      groups.loss_mask,
-      estimate_kl(old_logps, ref_logps, estimator="k1"),
-      scores=scores,
-      valid=valid,
-      stopped=stopped,
-      advantages=jnp.where(is_trained, advantages, 0.0),
-    )
-    info |= gap | {"learned": jnp.mean(is_trained), "tied": jnp.mean(tied)}
-    return GroupRollout(trained, old_logps, ref_logps, advantages), info
+    return rollout, info | advantage_info
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
     variables = merge_params(frozen["policy"], params["policy"])
@@ -225,7 +264,7 @@ def make(
     return compute_grpo_loss(config, rollout, logps, entropy, max_new)
 
   sampling = {"max_new": max_new, "stops": stops, **limits}
-  collect = make_collector(config, policy, parts.score, prepare_rollout, **sampling)
+  collect = make_collector(config, model, parts.score, prepare_rollout, **sampling)
   return Method(Batch, collect, loss)
 
 
@@ -236,29 +275,32 @@ def compute_grpo_loss(
   entropy: Float[Array, "prompts group time"],
   max_new: int,
 ) -> Loss:
-  """Computes clipped policy loss + kl_coef * KL - entropy_coef * entropy.
+  """Computes policy loss + kl_coef * KL - entropy_coef * entropy.
 
-  It is GRPO (2402.03300), eq. 3, negated; the equation has no entropy bonus. `logps`
-  and `entropy` are those of the trained policy, in nats.
+  With the default settings, it is GRPO (2402.03300), eq. 3, negated; the equation has
+  no entropy bonus. `logps` and `entropy` are those of the trained policy, in nats.
   """
   mask = jnp.asarray(rollout.groups.loss_mask)
   loss_weights, metric_weights = LOSS_WEIGHTS[config.loss_aggregation]
   advantages = jnp.broadcast_to(rollout.advantages[..., None], logps.shape)
-  surrogate = clipped_policy_loss(
-    logps, rollout.old_logps, advantages, clip_eps=config.clip_eps
+  surrogate = SURROGATES[config.surrogate]
+  policy_loss = rollout.policy_weights * surrogate.loss(
+    config, logps, rollout.old_logps, advantages, mask
   )
   kl = KL_DIRECTIONS[config.kl_direction](logps, rollout.ref_logps)
-  each = surrogate + config.kl_coef * kl - config.entropy_coef * entropy
+  each = policy_loss + config.kl_coef * kl - config.entropy_coef * entropy
   counts, total = loss_weights(mask, max_new)
   mean = jnp.sum(each * counts, where=mask) / jnp.maximum(total, 1)
   counts, _ = metric_weights(mask, max_new)
   average = lambda x: jnp.sum(x * counts, where=mask) / jnp.maximum(total, 1)
   log_ratio = logps - rollout.old_logps
+  change = surrogate.ratio(logps, rollout.old_logps, mask) - 1
+  is_clipped = (change < -config.clip_eps_low) | (change > config.clip_eps_high)
   metrics = {
-    "policy_loss": average(surrogate),
+    "policy_loss": average(policy_loss),
     "anchor_kl": average(kl),
     "policy_entropy": average(entropy),
-    "clip_fraction": average(jnp.abs(jnp.expm1(log_ratio)) > config.clip_eps),
+    "clip_fraction": average(is_clipped),
     "approx_kl": average(0.5 * jnp.square(log_ratio)),
   }
   if config.old_logps == "sampled":
@@ -282,33 +324,65 @@ def check(config: ConfigDict) -> None:
     raise ValueError(
       f"samples must be 2 or more to compare responses, not {config.samples}"
     )
+  check_at_least(
+    config,
+    dict(clip_eps_low=0, clip_eps_high=0, tis_max=0, overlong_penalty=0, oversample=1),
+  )
+  if config.dual_clip <= 1:
+    raise ValueError(f"dual_clip is a ratio above 1, not {config.dual_clip}")
+  if not 0 < config.overlong_share <= 1:
+    raise ValueError(
+      f"overlong_share must be above 0 and at most 1, not {config.overlong_share}"
+    )
+  if config.tis_max and config.old_logps != "computed":
+    raise ValueError(
+      f"tis_max={config.tis_max} weighs computed log-probabilities against the "
+      f"sampler's, but old_logps is {config.old_logps!r}: set old_logps=computed, or "
+      "tis_max=0"
+    )
+  if config.advantage in BETWEEN_GROUPS and config.drop_uniform_groups:
+    raise ValueError(
+      f"drop_uniform_groups=True excludes groups of equal scores, from which advantage="
+      f"{config.advantage} learns: set drop_uniform_groups=False"
+    )
 
 
-def _compute_group_advantages(
+def _compare_groups(
   config: ConfigDict,
-  scores: Float[Array, "prompts group"],
-  valid: Bool[Array, "prompts group"],
-  stopped: Bool[Array, "prompts group"],
-  policy_logps: Float[Array, "prompts group"],
-) -> tuple[
-  Float[Array, "prompts group"], Bool[Array, "prompts group"], Bool[Array, " prompts"]
-]:
-  """Returns advantages, whether each response is used, and whether groups are tied."""
-  scores, used = TRUNCATED_RESPONSES[config.truncated_responses](scores, valid, stopped)
-  advantages = ADVANTAGES[config.advantage](scores, used, policy_logps)
-  highest = jnp.max(scores, axis=1, where=used, initial=-jnp.inf)
-  lowest = jnp.min(scores, axis=1, where=used, initial=jnp.inf)
-  tied = highest <= lowest  # For an empty group, -inf <= inf.
+  scored: ScoredGroups,
+  old_logps: Float[Array, "prompts group time"],
+  ref_logps: Float[Array, "prompts group time"],
+  sampler_weights: Float[Array, "prompts group time"],
+  max_new: int,
+) -> tuple[GroupRollout, dict[str, AnyArray]]:
+  """Computes the advantages of groups; returns the rollout and its metrics."""
+  groups, compared = scored.groups, scored.compared
+  reduce_fn = POLICY_LOGPS_REDUCTIONS[config.policy_logps_reduction]
+  policy_logps = reduce_fn(old_logps, groups.loss_mask)
+  advantages = ADVANTAGES[config.advantage](
+    scored.compared_scores, compared, policy_logps
+  )
+  tied = ranking.are_tied(scored.compared_scores, compared)
   if config.drop_uniform_groups:
-    used &= ~tied[:, None]
-  return advantages, used, tied
-
-
-def _rank_truncated_last(
-  scores: Float[Array, "prompts group"],
-  valid: Bool[Array, "prompts group"],
-  stopped: Bool[Array, "prompts group"],
-) -> Float[Array, "prompts group"]:
-  """Sets scores of responses without EOS to 1 below the lowest score of the group."""
-  lowest = jnp.min(scores, axis=1, keepdims=True, where=valid, initial=jnp.inf)
-  return jnp.where(stopped | ~valid, scores, lowest - 1)
+    compared &= ~tied[:, None]
+  # any() is avoided: libtpu fuses it with its operand and aborts for some sizes.
+  is_compared = compared & (jnp.sum(groups.loss_mask, axis=2) > 0)
+  # Equal responses are tied whatever their scores, also without scores.
+  differences = jnp.sum(groups.tokens != groups.tokens[:, :1], axis=(1, 2))
+  in_loss = scored.valid | (differences == 0)[:, None]
+  trained = groups._replace(loss_mask=groups.loss_mask & in_loss[..., None])
+  count_items = lambda mask: LOSS_WEIGHTS[config.loss_aggregation][0](mask, max_new)[1]
+  compared_mask = groups.loss_mask & compared[..., None]
+  scale = count_items(trained.loss_mask) / jnp.maximum(count_items(compared_mask), 1)
+  weights = jnp.where(compared_mask, scale * sampler_weights, 0.0)
+  info = compute_rollout_metrics(
+    groups.tokens,
+    groups.loss_mask,
+    estimate_kl(old_logps, ref_logps, estimator="k1"),
+    scores=scored.scores,
+    valid=scored.valid,
+    stopped=scored.stopped,
+    advantages=jnp.where(is_compared, advantages, 0.0),
+  )
+  info |= {"learned": jnp.mean(is_compared), "tied": jnp.mean(tied)}
+  return GroupRollout(trained, old_logps, ref_logps, advantages, weights), info

@@ -83,6 +83,7 @@ def make_training_workload(
   *,
   first: Sequence[workloads.DeviceFunction] = (),
   last: Sequence[workloads.DeviceFunction] = (),
+  rows: int = 0,
   tokens: int = 0,
   note: str = "",
 ) -> Workload:
@@ -94,6 +95,7 @@ def make_training_workload(
     job: Job of the stage.
     first: Functions that run before the update.
     last: Functions that run after training.
+    rows: Examples of a step; 0 for the section's batch_size.
     tokens: Tokens of a step; 0 for those that one pass of its updates reads.
     note: An assumption about the data.
   """
@@ -101,7 +103,7 @@ def make_training_workload(
   first_pass = job.passes[workloads.UPDATE][0]
   tokens_per_update = first_pass.rows * first_pass.group * first_pass.time
   tokens = tokens or tokens_per_update * job.schedule.minibatches
-  rows = run.config[get_stage(stage).section].batch_size
+  rows = rows or run.config[get_stage(stage).section].batch_size
   encode = workloads.make_encode_function(run, rows)
   functions = [encode, *collect, *first, update, *last]
   return Workload(functions, job.schedule.steps, rows, tokens, note)

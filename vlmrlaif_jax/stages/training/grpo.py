@@ -51,6 +51,11 @@ def check(config: ConfigDict, section: str = "grpo") -> None:
     oracles.check(settings.oracle)
 
 
+def count_sampled_prompts(config: ConfigDict) -> int:
+  """Returns the number of prompts that a step of a section of GRPO samples for."""
+  return config.batch_size * config.oversample
+
+
 def _score_on_host(frozen, batch):
   """Returns zeros in place of the scores of an oracle on the host."""
   rows = len(batch.tokens)
@@ -72,6 +77,7 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
   )
   prompt_len, max_new = get_row_lengths(run.config, stage)
   prompts, time = config.batch_size, prompt_len + max_new
+  sampled_prompts = count_sampled_prompts(config)
   make_pass = functools.partial(
     workloads.make_model_pass,
     run,
@@ -81,12 +87,12 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
     group=config.samples,
   )
   sampling = answering.SamplingSettings(
-    prompt_len, max_new, prompts, samples=config.samples
+    prompt_len, max_new, sampled_prompts, samples=config.samples
   )
   logps_roles = ("policy", "ref") if config.old_logps == "computed" else ("ref",)
   passes = {
     "sample": workloads.make_sampling_passes(
-      run, prompts, sampling, slots=config.slots
+      run, sampled_prompts, sampling, slots=config.slots
     ),
     "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
@@ -94,7 +100,8 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
   has_reward_oracle = config.oracle.kind == "reward"
   if has_reward_oracle:
     frozen["reward"] = role_params.load_reward_model(run)
-    passes["score"] = [workloads.make_reward_pass(run, prompts * config.samples, time)]
+    rows = sampled_prompts * config.samples
+    passes["score"] = [workloads.make_reward_pass(run, rows, time)]
   if score is None:
     score = _score_on_host
     if has_reward_oracle:
@@ -107,7 +114,7 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
     method=method.make(config, parts, max_new=max_new, **ids),
     params=params,
     frozen=frozen,
-    batch_spec=specs.batch_specs(run, prompts, prompt_len),
+    batch_spec=specs.batch_specs(run, sampled_prompts, prompt_len),
     passes=passes,
   )
 
@@ -128,7 +135,8 @@ def train_groups(
   Returns:
     The examples of `prompts` that fit, and the skipped records.
   """
-  config, size = run.config[stage], run.config[stage].batch_size
+  config = run.config[stage]
+  size = count_sampled_prompts(config)
   examples, rows, problems = common.tokenize_for_stage(
     run, stage, prompts, log, answered=False
   )
@@ -144,7 +152,7 @@ def train_groups(
     indices = common.batch_indices(run, len(examples), size, step)
     return {"example_ids": indices, **refresh(step, params)}
 
-  record = rollouts.make_recorder(run, config, examples, log, oracle)
+  record = rollouts.make_recorder(run, config, examples, log, oracle, prompts=size)
   data = common.make_example_batch_fn(run, examples, rows, size)
   common.fit_stage(run, log, job._replace(hooks=Hooks(before, record), data=data))
   return examples, problems
@@ -184,7 +192,11 @@ def workload(run: Run, stage: str) -> Workload:
   config, job = run.config[stage], make_job(run, stage)
   time = sum(get_row_lengths(run.config, stage))
   return common.make_training_workload(
-    run, stage, job, first=_make_judge_functions(run, config, time)
+    run,
+    stage,
+    job,
+    first=_make_judge_functions(run, config, time),
+    rows=count_sampled_prompts(config),
   )
 
 
@@ -192,13 +204,14 @@ def _make_judge_functions(
   run: Run, config: ConfigDict, time: int
 ) -> list[DeviceFunction]:
   """Returns the device functions of an oracle that scores on the host."""
-  oracle, rows = config.oracle, config.batch_size * config.samples
+  oracle, prompts = config.oracle, count_sampled_prompts(config)
+  rows = prompts * config.samples
   if oracle.kind == "reward_rank":
     return [workloads.make_score_function(run, time, rows)]
   if oracle.judge == "endpoint":
     return []
   queries = {
-    "list": config.batch_size,
+    "list": prompts,
     "pairs": rows * (config.samples - 1),
     "grm": rows * (config.samples - 1) // (1 if oracle.both_orders else 2),
   }

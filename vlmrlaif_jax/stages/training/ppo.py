@@ -88,9 +88,12 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
     run, "ppo", prompts, log, answered=False
   )
   oracle = oracles.make_reward_oracle(run, config)
+  record = rollouts.make_recorder(
+    run, config, examples, log, oracle, prompts=config.batch_size
+  )
   job = make_job(run, stage)._replace(
     data=common.make_example_batch_fn(run, examples, rows, config.batch_size),
-    hooks=Hooks(after_step=rollouts.make_recorder(run, config, examples, log, oracle)),
+    hooks=Hooks(after_step=record),
   )
   common.fit_stage(run, log, job)
   return {"prompts": len(examples), "left_out": len(problems)}

@@ -21,7 +21,7 @@ from vlmrlaif_jax.stages.training import common, oracles
 # Entries of the info of `collect` that samples need.
 ROLLOUT_COLUMNS = (
   *("tokens", "loss_mask", "scores", "valid", "has_stop"),
-  *("row_advantages", "row_kl"),
+  *("row_advantages", "row_kl", "prompt_rows"),
 )
 
 
@@ -104,18 +104,26 @@ def make_recorder(
   examples: Sequence[Example],
   log: StageLog,
   oracle: oracles.Oracle,
+  *,
+  prompts: int,
 ) -> Callable[[int, Any, Mapping[str, Any]], dict[str, float]]:
   """Returns the hook that logs the samples of a step and computes their metrics.
 
-  `config` is the section of the stage. `oracle` scored the responses of the step last.
+  Args:
+    run: The run.
+    config: The section of the stage.
+    examples: The examples of the stage.
+    log: The log of the stage.
+    oracle: Oracle that scored the responses of the step last.
+    prompts: Examples for which a step samples, among them those of the samples.
   """
 
   def record(step: int, data: Any, info: Mapping[str, Any]) -> dict[str, float]:
     columns = distributed.fetch_arrays({name: info[name] for name in ROLLOUT_COLUMNS})
     tokens, mask = columns["tokens"], columns["loss_mask"]
     texts = tokenization.decode_responses(run.tokenizer, tokens, mask)
-    indices = common.batch_indices(run, len(examples), config.batch_size, step)
-    step_examples = [examples[i] for i in np.repeat(indices, config.samples)]
+    indices = common.batch_indices(run, len(examples), prompts, step)
+    step_examples = [examples[i] for i in indices[columns["prompt_rows"]]]
     mistakes = [
       truth.count_answer_mistakes(e, t)
       for e, t in zip(step_examples, texts, strict=True)

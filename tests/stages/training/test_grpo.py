@@ -1,0 +1,81 @@
+"""GRPO that samples for more prompts than it trains on."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import small
+from tests.helpers.stage_runs import run_stage
+from tests.stages.training.test_oracles import with_oracle
+from vlmrlaif_jax.stages.training import common, grpo
+
+
+def selecting(one, workdir, **settings):
+  """A run of two steps that keeps two of four groups of three responses."""
+  run = with_oracle(one, workdir, kind="reward")
+  run.config.grpo.update(steps=2, oversample=2, samples_every=1, keep=2)
+  run.config.grpo.update(settings)
+  return run
+
+
+def samples(run, step):
+  lines = (run.workdir / "grpo" / "samples" / f"step_{step}.jsonl").read_text()
+  return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(one, tmp_path_factory):
+  """(the run, what it trained)."""
+  run = selecting(one, tmp_path_factory.mktemp("selected") / "whole")
+  return run, run_stage(run, "grpo")
+
+
+def test_samples_are_those_of_the_groups_that_differ_most(one, whole, tmp_path):
+  run, _ = whole
+  plain = selecting(one, tmp_path / "plain", oversample=1, batch_size=4, steps=1)
+  run_stage(plain, "grpo")
+  every, kept = samples(plain, 1), samples(run, 1)
+  assert (len(every), len(kept)) == (4 * 3, 2 * 3)
+  spread = np.array([row["score"] for row in every]).reshape(4, 3).std(axis=1)
+  best = np.sort(np.argsort(spread)[-2:])
+  for name in ("id", "prompt", "response", "score", "terms", "truth"):
+    want = [every[3 * group + i][name] for group in best for i in range(3)]
+    assert [row[name] for row in kept] == want, name
+  indices = common.batch_indices(run, len(run.splits.prompts), 4, step=0)
+  asked = [run.splits.prompts[i]["id"] for i in indices]
+  assert [row["id"] for row in every[::3]] == asked
+  line, line_of_all = (
+    small.metrics(run.workdir / "grpo")[0],
+    small.metrics(plain.workdir / "grpo")[0],
+  )
+  assert line["reward_sampled"] == pytest.approx(line_of_all["reward"], rel=1e-5)
+  assert line["tied_sampled"] == line_of_all["tied"] and line["learned"] == 1
+
+
+def test_the_plan_samples_and_scores_more_prompts_than_it_trains_on(whole):
+  planned = grpo.workload(whole[0], "grpo")
+  passes = {
+    each.phase: each.rows
+    for function in planned.functions
+    for group in function.passes.values()
+    for each in group
+    if each.role != "reward"
+  }
+  assert (planned.rows, passes["prefill"], passes["decode"]) == (4, 4, 4 * 3)
+  assert (passes["forward"], passes["train"]) == (2, 2)
+
+
+def test_a_resumed_run_selects_as_one_left_alone(whole, tmp_path):
+  run, trained = whole
+  shutil.copytree(run.workdir, tmp_path / "resumed")
+  resumed = run._replace(workdir=tmp_path / "resumed")
+  shutil.rmtree(resumed.workdir / "grpo" / "checkpoints" / "2")
+  (resumed.workdir / "grpo" / "samples" / "step_2.jsonl").unlink()
+  again = run_stage(resumed, "grpo")
+  jax.tree.map(np.testing.assert_array_equal, again.state.params, trained.state.params)
+  lines = small.metrics(run.workdir / "grpo")
+  assert small.metrics(resumed.workdir / "grpo") == lines and len(lines) == 2
+  assert samples(resumed, 2) == samples(run, 2)
