@@ -15,6 +15,8 @@ import sys
 import time
 import urllib.request
 
+from vlmrlaif_jax.huggingface import peft_adapters
+
 FOLDER = pathlib.Path(sys.prefix) / "vllm"
 _START_S = 600  # Importing vLLM takes a minute on a busy core.
 _ENVIRON = {
@@ -46,7 +48,8 @@ class Server:
       *(str(model), "--served-model-name", "decoder", "--dtype", "float32"),
       *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"),
       *("--enable-lora", "--max-lora-rank", str(max(rank, 8)), "--enforce-eager"),
-      "--enable-prompt-embeds",
+      *("--enable-prompt-embeds", "--lora-target-modules"),
+      *peft_adapters.ADAPTED_MODULES,
     ]
 
   def start(self) -> None:

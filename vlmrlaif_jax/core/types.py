@@ -15,7 +15,7 @@ import functools
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +165,7 @@ def _no_score(
   raise ValueError("MethodModels.score is missing: pass it for a method with scores")
 
 
+@runtime_checkable
 class RemoteSampler(Protocol):
   """Samples the responses of a rollout elsewhere, in two parts; see Collector."""
 
