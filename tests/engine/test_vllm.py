@@ -115,24 +115,24 @@ def even_share(frozen, batch):
 @pytest.mark.parametrize("engine", ["vllm", "jax"])
 def test_grpo_learns_with_either_sampler(engine, make):
   model, params, frozen = load()
-  config = config_of(grpo, samples=SAMPLES, advantage="grpo_scalar", kl_coef=0.0)
-  config.old_logps = "computed"
-  sampler = make() if engine == "vllm" else None
+  config = config_of(grpo, samples=8, advantage="grpo_scalar", kl_coef=0.0)
+  config.update(truncated_responses="keep", old_logps="computed")
+  sampler = make(samples=8) if engine == "vllm" else None
   parts = MethodModels(policy=model, score=jax.jit(even_share), sampler=sampler)
   limits = dict(stops=STOPS, pad=PAD, vocab=model.llm.vocab - 4)
   method = grpo.make(config, parts, max_new=NEW, **limits)
   optimizer = updates.default_config()
-  optimizer.update(learning_rate=2e-2, warmup_steps=0)
-  tx = updates.make_optimizer(optimizer, 12)
+  optimizer.update(learning_rate=1e-2, warmup_steps=0)
+  tx = updates.make_optimizer(optimizer, 6)
   state = updates.init_state(params, tx)
   update = jax.jit(updates.make_update(method.loss, tx, microbatches=1))
   rewards, gaps = [], []
-  for step in range(12):
+  for step in range(6):
     rollout, info = method.collect(
       jax.random.key(step), state.params, frozen, prompts(model)
     )
     rewards.append(float(info["reward"]))
     gaps.append(float(info["sampler_gap"]))
     state, _ = update(state, frozen, rollout)
-  assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15, rewards
+  assert rewards[0] < 0.7 and rewards[-1] > 0.9, rewards
   assert max(gaps) < 1e-4, gaps

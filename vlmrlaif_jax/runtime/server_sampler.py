@@ -195,7 +195,7 @@ class ServerSampler:
     write_adapter(adapter, params["policy"]["lora"]["llm"], self._policy)
     prompts, embeddings = self._embed(params, frozen, prompts)
     rows, mask = jax.device_get((embeddings, prompts.mask))
-    seeds = jax.random.randint(key, len(rows), 0, 2**31 - 1).tolist()
+    seeds = jax.random.randint(key, (len(rows),), 0, 2**31 - 1).tolist()
     texts = [encode_embeddings(row[real]) for row, real in zip(rows, mask, strict=True)]
     future = self._threads.submit(self._sample, adapter, texts, seeds)
     return prompts, future
@@ -282,7 +282,7 @@ class ServerSampler:
     own = self._settings
     response = await server.client.completions.with_raw_response.create(
       model=adapter,
-      prompt="",
+      prompt=None,  # It is in prompt_embeds; "" would be a second prompt.
       n=own.samples,
       max_tokens=own.max_new,
       temperature=own.temperature,
