@@ -2,7 +2,7 @@
 
 The output is merged weights that transformers loads, or with --kind=adapter a PEFT
 adapter. The folder also contains the tokenizer, the processor, the chat template and a
-model card.
+model card. --kind=decoder writes the base's language model, for rollout.engine=vllm.
 """
 
 import pathlib
@@ -18,7 +18,10 @@ STAGE = flags.DEFINE_string(
 )
 OUT = flags.DEFINE_string("out", None, "Output folder.")
 KIND = flags.DEFINE_enum(
-  "kind", "merged", ["merged", "adapter"], "Merged weights or a PEFT adapter."
+  "kind",
+  "merged",
+  ["merged", "adapter", "decoder"],
+  "Merged weights, a PEFT adapter, or the base's language model for servers.",
 )
 DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Type of merged weights."

@@ -27,7 +27,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
 
-from tests.helpers import compilers, processor_oracle, real_model, tiers
+from tests.helpers import (
+  compilers,
+  processor_oracle,
+  real_model,
+  tiers,
+  vllm_server,
+)
 
 # The imports of `small` take a while, and many tests do without it.
 
@@ -39,6 +45,8 @@ def pytest_configure(config):
     config.option.markexpr == "real_model"
   ):  # CI runs these tests in a stage of theirs.
     absent += real_model.missing()
+  if config.option.markexpr == "engine":
+    absent += vllm_server.missing()
   compilers.check(absent, os.environ)
 
 
@@ -50,6 +58,7 @@ def pytest_collection_modifyitems(config, items):
     ("compilers", compilers.missing()),
     ("torchvision", processor_oracle.missing()),
     ("real_model", real_model.missing()),
+    ("engine", vllm_server.missing()),
   ):
     items[:], deselected = compilers.split(items, absent, marker)
     config.hook.pytest_deselected(items=deselected)

@@ -15,7 +15,7 @@ import functools
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +165,19 @@ def _no_score(
   raise ValueError("MethodModels.score is missing: pass it for a method with scores")
 
 
+@runtime_checkable
+class RemoteSampler(Protocol):
+  """Samples the responses of a rollout elsewhere, in two parts; see Collector."""
+
+  def begin(self, key: Array, params: Params, frozen: Params, data: Any) -> Any:
+    """Sends the prompts, and does not wait for the responses."""
+    ...
+
+  def finish(self, pending: Any) -> Any:
+    """Waits for the responses to what `begin` returned."""
+    ...
+
+
 class MethodModels(NamedTuple):
   """The models of a training method; stages/training builds them from the config."""
 
@@ -176,6 +189,8 @@ class MethodModels(NamedTuple):
   score: Callable[
     [Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]
   ] = _no_score
+  # Samples responses elsewhere; None samples with the devices that train.
+  sampler: "RemoteSampler | None" = None
 
 
 def ignore_phase(phase: str) -> AbstractContextManager:

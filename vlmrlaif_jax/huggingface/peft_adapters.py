@@ -6,13 +6,15 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import param_mapping, tensor_files
 from vlmrlaif_jax.huggingface.adapter_config import (
@@ -334,3 +336,44 @@ def convert_to_peft(lora: Params) -> dict[str, np.ndarray]:
     Tensor name -> factor of one layer.
   """
   return dict(param_mapping.convert_to_hf(_FACTORS, lora))
+
+
+def save_adapter(
+  folder: Path,
+  tensors: Mapping[str, np.ndarray],
+  *,
+  base: str,
+  rank: int,
+  alpha: float,
+  target_modules: str | Sequence[str],
+  modules_to_save: Sequence[str] | None = None,
+) -> None:
+  """Writes an adapter in PEFT's format.
+
+  Args:
+    folder: Output folder.
+    tensors: Tensors by the names of `convert_to_peft`, and those of whole modules.
+    base: Folder or Hub id of the base.
+    rank: Rank of the factors.
+    alpha: Updates are multiplied by alpha / rank.
+    target_modules: Names of the adapted modules, or a pattern of their paths.
+    modules_to_save: Names of the modules that the adapter contains whole.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  save_file(
+    dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"}
+  )
+  settings = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": base,
+    "r": rank,
+    "lora_alpha": alpha,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "target_modules": target_modules,
+    "modules_to_save": modules_to_save,
+  }
+  write_json(folder / ADAPTER_CONFIG, settings)

@@ -15,9 +15,10 @@ from vlmrlaif_jax.core.types import (
   Collector,
   Params,
   Phase,
+  RemoteSampler,
   merge_params,
 )
-from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS, SampledResponses, generate
+from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS, generate
 
 
 def make_collector(
@@ -25,6 +26,7 @@ def make_collector(
   policy: Any,
   score: Callable,
   prepare_rollout: Callable,
+  sampler: RemoteSampler | None,
   **limits: Any,
 ) -> Collector:
   """Returns the collector of a method: it samples and scores responses.
@@ -37,6 +39,7 @@ def make_collector(
     prepare_rollout: jitted function of (params, frozen, sampled, scores, valid) that
       returns (rollout, info). If info has a row for some of the responses only, it
       contains "prompt_rows", the position of each row's prompt in the batch.
+    sampler: samples responses in place of the devices; see MethodModels.
     **limits: max_new, stops, pad and vocab; see generate.
   """
   settings: dict[str, Any] = {key: config[key] for key in SAMPLING_SETTINGS} | limits
@@ -46,8 +49,9 @@ def make_collector(
     variables = merge_params(frozen["policy"], params["policy"])
     return generate(policy, variables, prompts, key, **settings)
 
-  def finish(params: Params, frozen: Params, sampled: SampledResponses, phase: Phase):
+  def finish(params: Params, frozen: Params, sampled: Any, phase: Phase):
     with phase("sample"):
+      sampled = sampler.finish(sampled) if sampler else sampled
       jax.block_until_ready(sampled)
     with phase("score"):
       scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
@@ -55,7 +59,7 @@ def make_collector(
     rows = np.arange(len(sampled.batch.tokens)) // config.samples
     return rollout, {"prompt_rows": jnp.asarray(rows)} | info
 
-  return Collector(sample, finish)
+  return Collector(sampler.begin if sampler else sample, finish)
 
 
 def compute_rollout_metrics(

@@ -264,7 +264,9 @@ def make(
     return compute_grpo_loss(config, rollout, logps, entropy, max_new)
 
   sampling = {"max_new": max_new, "stops": stops, **limits}
-  collect = make_collector(config, model, parts.score, prepare_rollout, **sampling)
+  collect = make_collector(
+    config, model, parts.score, prepare_rollout, parts.sampler, **sampling
+  )
   return Method(Batch, collect, loss)
 
 

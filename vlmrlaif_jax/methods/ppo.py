@@ -120,8 +120,9 @@ def make(
     return compute_ppo_loss(config, rollout, logps, values, mask)
 
   score = jax.jit(parts.score)
+  sampling = {"max_new": max_new, "stops": stops, **limits}
   collect = make_collector(
-    config, policy, score, prepare_rollout, max_new=max_new, stops=stops, **limits
+    config, policy, score, prepare_rollout, parts.sampler, **sampling
   )
   return Method(Batch, collect, loss)
 

@@ -156,6 +156,13 @@ class VLM(nn.Module):
       additions = jax.vmap(functools.partial(place, jnp.zeros_like(x)))(deepstack)
     return Embedded(place(x, merged), additions)
 
+  def embed(self, batch: Batch) -> HiddenStates:
+    """Returns the embeddings of tokens, with features of videos in their places.
+
+    DeepStack's features, which some families add to later layers, are left out.
+    """
+    return self._embed(batch).x
+
   def hidden(
     self,
     batch: Batch | PackedBatch,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlmrlaif_jax.core.types import (
   Batch,
@@ -100,17 +100,39 @@ def generate(
   else:
     _, rows = advance_rows(sampler, begin_rows(sampler, prompts, keys), jnp.int32(1))
     responses = unroll_rings(rows.responses)
+  return join_responses(
+    prompts, responses.tokens, responses.mask, responses.logps, samples=samples
+  )
+
+
+def join_responses(
+  prompts: Batch,
+  tokens: Int[Array, "rows new"],
+  mask: Bool[Array, "rows new"],
+  logps: Float[Array, "rows new"],
+  *,
+  samples: int,
+) -> SampledResponses:
+  """Returns the responses after copies of their prompts.
+
+  Args:
+    prompts: prompts, whose video is features.
+    tokens: ids of the responses, those of one prompt adjacent.
+    mask: True for tokens of a response, False for the padding after it.
+    logps: log-probability of each token, in nats.
+    samples: responses per prompt.
+  """
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   join = lambda first, second: jnp.concatenate([first, second], axis=1)
-  positions = continue_positions(prompts, responses.mask)
+  positions = continue_positions(prompts, mask)
   batch = Batch(
     prompts.video,
-    join(prompts.tokens, responses.tokens),
-    join(prompts.mask, responses.mask),
-    join(prompts.mask & False, responses.mask),
+    join(prompts.tokens, tokens),
+    join(prompts.mask, mask),
+    join(prompts.mask & False, mask),
     join(prompts.positions, positions),
   )
-  return SampledResponses(batch, join(jnp.zeros(prompts.tokens.shape), responses.logps))
+  return SampledResponses(batch, join(jnp.zeros(prompts.tokens.shape), logps))
 
 
 def compute_response_logps(

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.files import read_json, write_json
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.huggingface import (
   checkpoint_folders,
+  checkpoint_layouts,
   convert,
   families,
   param_mapping,
@@ -24,9 +27,13 @@ from vlmrlaif_jax.huggingface import (
 )
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import lora
-from vlmrlaif_jax.runtime import loading, role_params
+from vlmrlaif_jax.runtime import loading, role_params, server_sampler
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.serving import export_files, model_card
+
+# "merged": whole weights of a stage; "adapter": LoRA and projector in PEFT's format;
+# "decoder": the base's language model alone, for servers that sample responses.
+KINDS = ("merged", "adapter", "decoder")
 
 
 def export_stage(
@@ -43,9 +50,9 @@ def export_stage(
 
   Args:
     workdir: Workdir of the run.
-    stage: Stage that trains the policy, or "rm".
+    stage: Stage that trains the policy, or "rm". A decoder does not depend on it.
     out: Output folder, which must be empty or not exist.
-    kind: "merged" for whole weights; "adapter" for LoRA and projector in PEFT's format.
+    kind: One of KINDS.
     dtype: Dtype of merged weights. LoRA and heads are always float32.
     base_model: Hub id of the base, for the model card. None omits it.
     note: Receives progress lines.
@@ -54,8 +61,8 @@ def export_stage(
     UserError: The stage has not run, or files of the base cannot be exported.
     ValueError: `kind` is not valid, `out` is not empty, or `base_model` is no Hub id.
   """
-  if kind not in ("merged", "adapter"):
-    raise ValueError(f'--kind must be "merged" or "adapter", got {kind!r}')
+  if kind not in KINDS:
+    raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")
   root, folder = pathlib.Path(workdir), pathlib.Path(out)
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty. Remove it, or set another --out.")
@@ -63,6 +70,10 @@ def export_stage(
   part = config.model.reward_model_path if stage == "rm" else ""
   source = run_lib.resolve_checkpoint(part or config.model.path)
   export_files.check_links(source)
+  if kind == "decoder":
+    write_decoder(folder, source, dtype)
+    note(f"{folder}: the language model of {source}, for rollout.engine=vllm")
+    return
   run, hf_config = loading.load_run_without_data(
     config, root, note, has_separate_reward_model=stage == "rm"
   )
@@ -84,6 +95,29 @@ def export_stage(
   note(
     f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB. See its README.md for its use."
   )
+
+
+def write_decoder(folder: pathlib.Path, source: pathlib.Path, dtype: str) -> None:
+  """Writes the language model of a checkpoint as a text model of transformers.
+
+  Args:
+    folder: Output folder.
+    source: Folder of the checkpoint.
+    dtype: Dtype of the written tensors.
+
+  Raises:
+    UserError: Servers do not decode the model from embeddings; see check_decoder.
+  """
+  model, variables, config = convert.load_checkpoint(source, dtype=dtype)
+  server_sampler.check_decoder(model)
+  text = config["text_config"]
+  kind = text["model_type"]
+  table = checkpoint_layouts.DECODER_FAMILIES[kind].HF
+  text = {**text, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}
+  folder.mkdir(parents=True, exist_ok=True)
+  convert.save_tensors(folder, table, variables["params"]["llm"], text, dtype)
+  tokens = checkpoint_folders.find_tokenizer_folder(source)
+  tokenization.load_tokenizer(tokens).save_pretrained(str(folder))
 
 
 def write_merged(
@@ -176,23 +210,17 @@ def write_adapter(
   tensors = {name.replace("model.layers.", layers): x for name, x in factors.items()}
   for name, x in whole.items():
     tensors[f"base_model.model.{_name_in_memory(name)}"] = x
-  save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
   matrices = "|".join(peft_adapters.ADAPTED_MODULES)
-  settings = {
-    "peft_type": "LORA",
-    "task_type": None,
-    "base_model_name_or_path": str(source),
-    "r": model.lora_rank,
-    "lora_alpha": model.lora_alpha,
-    "lora_dropout": 0.0,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
+  peft_adapters.save_adapter(
+    folder,
+    tensors,
+    base=str(source),
+    rank=model.lora_rank,
+    alpha=model.lora_alpha,
     # The vision tower may have matrices of the same names.
-    "target_modules": rf"{re.escape(layers)}\d+\..*\.({matrices})",
-    "modules_to_save": modules,
-  }
-  write_json(folder / peft_adapters.ADAPTER_CONFIG, settings)
+    target_modules=rf"{re.escape(layers)}\d+\..*\.({matrices})",
+    modules_to_save=modules,
+  )
 
 
 def _name_in_memory(name: str) -> str:

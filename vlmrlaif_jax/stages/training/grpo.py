@@ -17,7 +17,13 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import StageLog
-from vlmrlaif_jax.core.types import MethodModels, Params, TrainState, merge_params
+from vlmrlaif_jax.core.types import (
+  MethodModels,
+  Params,
+  RemoteSampler,
+  TrainState,
+  merge_params,
+)
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.rewards import ScoreFn
@@ -49,6 +55,13 @@ def check(config: ConfigDict, section: str = "grpo") -> None:
     method.check(settings)
     check_choices(settings, {"kl_anchor": KL_ANCHORS})
     oracles.check(settings.oracle)
+    rollouts.check(settings)
+    if settings.rollout.engine != "jax" and not settings.tis_max:
+      raise ValueError(
+        f"tis_max=0 ignores that the probabilities of rollout.engine="
+        f"{settings.rollout.engine} differ a little from the trainer's: set "
+        "tis_max=2 and old_logps=computed"
+      )
 
 
 def count_sampled_prompts(config: ConfigDict) -> int:
@@ -62,7 +75,12 @@ def _score_on_host(frozen, batch):
   return jnp.zeros(rows), jnp.ones(rows, bool)
 
 
-def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
+def make_job(
+  run: Run,
+  stage: str,
+  score: ScoreFn | None = None,
+  sampler: RemoteSampler | None = None,
+) -> TrainingJob:
   """Returns the job that trains the policy's LoRA on groups of responses.
 
   Args:
@@ -70,6 +88,7 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
     stage: Name of the stage, which is also that of its section.
     score: Scores a batch of responses; see oracles.make_oracle. None, for a plan: the
       reward model, or a stand-in for an oracle on the host.
+    sampler: Samples the responses; None for the devices.
   """
   config = run.config[stage]
   params, frozen = role_params.make_policy_roles(
@@ -106,7 +125,7 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
     score = _score_on_host
     if has_reward_oracle:
       score = jax.jit(oracles.make_reward_oracle(run, config.oracle).score)
-  parts = MethodModels(policy=run.policy, score=score)
+  parts = MethodModels(policy=run.policy, score=score, sampler=sampler)
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,
@@ -141,7 +160,9 @@ def train_groups(
     run, stage, prompts, log, answered=False
   )
   oracle = oracles.make_oracle(run, config.oracle, examples, folder)
-  job = make_job(run, stage, oracle.score)
+  max_new = get_row_lengths(run.config, stage)[1]
+  sampler = rollouts.make_sampler(run, config, max_new, folder)
+  job = make_job(run, stage, oracle.score, sampler)
   refresh: Callable[[int, Params], Params] = lambda step, params: {}
   if config.kl_anchor == "epoch_start":
     every = max(len(examples) // size, 1)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import StageLog
-from vlmrlaif_jax.core.types import MethodModels
+from vlmrlaif_jax.core.types import MethodModels, RemoteSampler
 from vlmrlaif_jax.methods import ppo as method
 from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
@@ -32,6 +32,7 @@ def check(config: ConfigDict) -> None:
   """Checks the section `ppo`; raises UserError for an invalid value."""
   with user_errors("ppo"):
     method.check(config.ppo)
+    rollouts.check(config.ppo)
     check_choices(config.ppo, {"critic_head": role_params.CRITIC_HEADS})
 
 
@@ -47,8 +48,14 @@ def get_batch_rows(config: ConfigDict) -> dict[str, RowSplit]:
   }
 
 
-def make_job(run: Run, stage: str) -> TrainingJob:
-  """Returns the job that trains the policy's LoRA and the critic."""
+def make_job(run: Run, stage: str, sampler: RemoteSampler | None = None) -> TrainingJob:
+  """Returns the job that trains the policy's LoRA and the critic.
+
+  Args:
+    run: The run.
+    stage: Name of the stage.
+    sampler: Samples the responses; None for the devices.
+  """
   config, data = run.config.ppo, run.config.data
   params, frozen = role_params.make_ppo_roles(run, config.critic_head)
   prompts, start, max_new = config.batch_size, data.prompt_len, data.response_len
@@ -59,7 +66,9 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   )
   update_rows = rows // config.minibatches
   score = oracles.make_reward_oracle(run, config).score
-  parts = MethodModels(policy=run.policy, critic=run.reward_model, score=score)
+  parts = MethodModels(
+    policy=run.policy, critic=run.reward_model, score=score, sampler=sampler
+  )
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,
@@ -91,7 +100,8 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
   record = rollouts.make_recorder(
     run, config, examples, log, oracle, prompts=config.batch_size
   )
-  job = make_job(run, stage)._replace(
+  sampler = rollouts.make_sampler(run, config, run.config.data.response_len, folder)
+  job = make_job(run, stage, sampler)._replace(
     data=common.make_example_batch_fn(run, examples, rows, config.batch_size),
     hooks=Hooks(after_step=record),
   )

@@ -1,5 +1,6 @@
 """Settings, samples and metrics of the stages that train on rollouts."""
 
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,14 +9,16 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.errors import subsection
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.runtime import video
+from vlmrlaif_jax.runtime import answering, server_sampler, video
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS
 from vlmrlaif_jax.stages.training import common, oracles
 
 # Entries of the info of `collect` that samples need.
@@ -32,6 +35,46 @@ def get_rollout_settings() -> dict[str, Any]:
     epochs=1,  # Passes over each rollout.
     minibatches=placeholder(int),  # Updates per pass.
     samples_every=placeholder(int),  # Steps between two files of samples.
+    rollout=server_sampler.default_config(),
+  )
+
+
+def check(config: ConfigDict) -> None:
+  """Checks the settings of the engine that samples; `config` is a stage's section.
+
+  Raises:
+    ValueError: A value is invalid. The message starts with the setting's name.
+  """
+  with subsection("rollout"):
+    server_sampler.check(config.rollout)
+  if config.rollout.engine != "jax" and config.temperature != 1:
+    raise ValueError(
+      f"temperature={config.temperature} must be 1 for rollout.engine="
+      f"{config.rollout.engine}, because servers return the log-probabilities of "
+      "temperature 1"
+    )
+
+
+def make_sampler(
+  run: Run, config: ConfigDict, max_new: int, folder: pathlib.Path
+) -> server_sampler.ServerSampler | None:
+  """Returns the sampler of a stage's servers; None if the devices sample.
+
+  Args:
+    run: The run.
+    config: Section of the stage.
+    max_new: Maximum length of a response, in tokens.
+    folder: Folder of the stage.
+  """
+  if config.rollout.engine == "jax":
+    return None
+  settings = server_sampler.ServerSettings(
+    max_new=max_new,
+    **{name: config[name] for name in SAMPLING_SETTINGS if name != "slots"},
+    **answering.get_token_ids(run),
+  )
+  return server_sampler.ServerSampler(
+    config.rollout, run.policy, settings, folder / "adapters"
   )
 
 

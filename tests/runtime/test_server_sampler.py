@@ -1,0 +1,157 @@
+"""What a rollout on servers checks and retries; tests/engine has a real server."""
+
+import base64
+import collections
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from pytest_httpserver import HTTPServer
+from safetensors.numpy import load_file
+from werkzeug import Response
+
+from tests.engine.policy import NEW, PAD, ROWS, SAMPLES, load, make_sampler, sample
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.interrupts import Stopped
+from vlmrlaif_jax.models.decoders import llama
+from vlmrlaif_jax.models.vlm import VLM
+from vlmrlaif_jax.runtime import server_sampler
+
+TOKENS = [[7, 9, 2], [8] * NEW, [2], [5, 2]]  # Of each sample.
+
+
+class Engine:
+  """A server that answers as vLLM does, with responses that depend on the prompt."""
+
+  def __init__(self, server: HTTPServer):
+    self.server, self.url = server, server.url_for("/v1")
+    self.adapters, self.requests = [], collections.Counter()
+    self.failures = []  # Statuses of the next completions.
+    for name, answer in (
+      ("load_lora_adapter", self.load),
+      ("unload_lora_adapter", self.unload),
+      ("completions", self.complete),
+    ):
+      server.expect_request(f"/v1/{name}").respond_with_handler(answer)
+
+  def load(self, request):
+    self.requests["load"] += 1
+    given = request.get_json()
+    self.tensors = load_file(given["lora_path"] + "/adapter_model.safetensors")
+    self.adapters.append(given["lora_name"])
+    return Response("loaded")
+
+  def unload(self, request):
+    self.requests["unload"] += 1
+    self.adapters.remove(request.get_json()["lora_name"])
+    return Response("unloaded")
+
+  def complete(self, request):
+    given = request.get_json()
+    if self.failures:
+      status = self.failures.pop()
+      if status == 404:  # It has restarted.
+        self.adapters.clear()
+      return Response(json.dumps({"error": {"message": "refused"}}), status)
+    if given["model"] not in self.adapters:
+      return Response("{}", 404)
+    self.requests["completions"] += 1
+    rows = torch.load(io.BytesIO(base64.b64decode(given["prompt_embeds"])))
+    choices = [
+      {
+        "index": i,
+        "token_ids": [len(rows) if t == 9 else t for t in tokens],
+        "logprobs": {"token_logprobs": [-0.5 * (i + 1)] * len(tokens)},
+      }
+      for i, tokens in enumerate(TOKENS)
+    ]
+    return Response(json.dumps({"choices": choices[::-1]}))
+
+
+@pytest.fixture
+def engine():
+  with HTTPServer() as server:
+    yield Engine(server)
+
+
+def test_responses_are_in_order_after_their_prompts(engine, tmp_path):
+  sampled = sample(make_sampler(tmp_path, engine.url))
+  start = sampled.batch.tokens.shape[1] - NEW
+  tokens = np.asarray(sampled.batch.tokens)[:, start:]
+  for i, row in enumerate(ROWS):
+    length = start - 4 + len(row)  # Of the prompt, without padding.
+    for j, given in enumerate(TOKENS):
+      want = [length if t == 9 else t for t in given]
+      got = tokens[i * SAMPLES + j]
+      assert got.tolist() == want + [PAD] * (NEW - len(want))
+      mask = np.asarray(sampled.batch.loss_mask)[i * SAMPLES + j, start:]
+      assert mask.sum() == len(want)
+      logps = np.asarray(sampled.logps)[i * SAMPLES + j, start:]
+      np.testing.assert_array_equal(logps, np.where(mask, -0.5 * (j + 1), 0))
+
+
+def test_the_adapter_has_the_trained_factors_and_is_removed(engine, tmp_path):
+  sample(make_sampler(tmp_path, engine.url))
+  lora = load()[1]["policy"]["lora"]["llm"]["blocks"]["q"]
+  name = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
+  np.testing.assert_array_equal(engine.tensors[name], np.asarray(lora["a"][2]).T)
+  assert engine.requests == {"load": 1, "completions": len(ROWS), "unload": 1}
+  assert not engine.adapters and not list((tmp_path / "adapters").iterdir())
+
+
+@pytest.mark.parametrize("status", [404, 500, 503])
+def test_a_failure_is_repeated_with_the_adapter_loaded_again(engine, tmp_path, status):
+  engine.failures = [status]
+  sampled = sample(make_sampler(tmp_path, engine.url))
+  assert engine.requests["load"] == 2
+  assert sampled.batch.tokens.shape[0] == len(ROWS) * SAMPLES
+
+
+def test_prompts_of_a_dead_server_go_to_the_others(engine, tmp_path):
+  dead = "http://127.0.0.1:9/v1"
+  sampler = make_sampler(tmp_path, dead, engine.url)
+  assert sample(sampler).batch.tokens.shape[0] == len(ROWS) * SAMPLES
+  assert engine.requests["completions"] == len(ROWS)
+
+
+def test_what_a_server_rejects_ends_the_run_with_its_reason(engine, tmp_path):
+  engine.failures = [400] * 9
+  with pytest.raises(UserError, match="http 400: refused"):
+    sample(make_sampler(tmp_path, engine.url))
+
+
+def test_the_run_stops_when_no_server_replies(tmp_path):
+  sampler = make_sampler(tmp_path, "http://127.0.0.1:9/v1", patience_s=0.1)
+  with pytest.raises(Stopped, match="no server of rollout.urls has replied for 0.1 s"):
+    sample(sampler)
+
+
+@pytest.mark.parametrize(
+  "values, error",
+  [
+    (dict(engine="sglang"), "engine"),
+    (dict(urls=()), "urls"),
+    (dict(urls=("127.0.0.1:8000",)), "urls"),
+    (dict(urls=("http://10.0.0.1:8000/v1",)), "allow_remote=True"),
+    (dict(concurrency=0), "concurrency"),
+  ],
+)
+def test_invalid_settings_are_named(values, error):
+  config = server_sampler.default_config()
+  config.update({"engine": "vllm", **values})
+  with pytest.raises(ValueError, match=error):
+    server_sampler.check(config)
+
+
+def test_another_address_is_used_if_the_user_allows_it():
+  config = server_sampler.default_config()
+  config.update(engine="vllm", urls=("http://10.0.0.1/v1",), allow_remote=True)
+  server_sampler.check(config)
+
+
+def test_positions_with_axes_are_refused():
+  llm = llama.Model(**llama.VARIANTS["tiny"], mrope=(2, 1, 1))
+  with pytest.raises(UserError, match="rollout.engine=jax"):
+    server_sampler.check_decoder(VLM(load()[0].vision, load()[0].projector, llm))
