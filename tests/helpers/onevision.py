@@ -118,12 +118,12 @@ OLD_TEMPLATE = (
 )
 
 
-def write_checkpoint(folder, frames=6):
+def write_checkpoint(folder, frames=6, tied=True):
   """A folder as transformers writes it; returns the model."""
   tokenizer = make_tokenizer()
   ids = {f"{name}_token_index": tokenizer.convert_tokens_to_ids(f"<{name}>")
          for name in ("image", "video")}  # fmt: skip
-  hf = theirs(build(vocab=len(tokenizer)), **ids)
+  hf = theirs(build(vocab=len(tokenizer), tied=tied), **ids)
   hf.save_pretrained(folder)
   tokenizer.save_pretrained(folder)
   size = {"height": IMAGE, "width": IMAGE}

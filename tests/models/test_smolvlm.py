@@ -10,10 +10,6 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 from tests.helpers import smolvlm as tiny
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
-from vlmrlaif_jax.data import templates, tokenization
-from vlmrlaif_jax.data.processors.interface import Grid, Visual, lay_out
-from vlmrlaif_jax.data.processors.smolvlm import SmolVLMProcessor
 from vlmrlaif_jax.huggingface import param_mapping
 from vlmrlaif_jax.models import clip, lora, smolvlm, vlm
 
@@ -95,38 +91,6 @@ def test_position_ids_of_a_whole_square_count_its_patches(side):
     whole = torch.ones((1, side, side), dtype=torch.bool)
     got = embeddings(torch.zeros(1, 3, side, side), whole)
   assert torch.equal(got[0, :, 0], count)
-
-
-# The whole model.
-
-
-def test_logits_of_prompts_padded_on_the_left_equal_transformers():
-  hf, model, variables = tiny.pair()
-  tokenizer = tiny.make_tokenizer()
-  processor, _ = SmolVLMProcessor.from_config(
-    tiny.PROCESSOR, tiny.PROCESSOR, hf.config.to_dict()
-  )
-  template = templates.get_template("chat_template")
-  rows, videos, wants = [], [], []
-  image = tokenizer.convert_tokens_to_ids(tiny.IMAGE)
-  for count, question in ((3, "What moves?"), (1, "What happens in the video?")):
-    layout = Visual(Grid(count, *GRID), tuple(np.arange(count) / 1.0), 1.0)
-    rows.append(tokenization.encode_conversation(
-      tokenizer, template, [(question, None)], video=lay_out(processor, layout)
-    ))  # fmt: skip
-    squares = make_squares(count)
-    features = encoder()(variables, cut(squares), grid=GRID).reshape(-1, 32)
-    videos.append(np.pad(features, [(0, 16 - len(features)), (0, 0)]))
-    ids = torch.tensor([[image if i == VIDEO_TOKEN else i for i in rows[-1].ids]])
-    pixels = torch.tensor(np.moveaxis(squares, -1, 1))[None]
-    with torch.no_grad():
-      wants.append(hf(input_ids=ids, pixel_values=pixels).logits[0].numpy())
-  padded = tokenization.pad_rows(rows, prompt_len=128, response_len=0, pad=0)
-  batch = Batch(*map(jax.numpy.asarray, (np.stack(videos), *padded)))
-  got = np.asarray(jax.jit(model.apply)(variables, batch))[padded.mask]
-  want = np.concatenate(wants)
-  assert len(rows[0].ids) != len(rows[1].ids) and np.std(want) > 0.3
-  np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 # Configs.

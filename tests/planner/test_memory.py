@@ -3,7 +3,7 @@ import re
 import jax
 import pytest
 
-from tests.helpers import qwen, small
+from tests.helpers import onevision, qwen, small
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen
@@ -165,6 +165,30 @@ def test_a_family_whose_videos_differ_is_refused_as_well(
   monkeypatch.setattr(memory_lib, "get_device_memory", lambda *_: 1e4)
   with pytest.raises(UserError, match="sft_short: .* would hold"):
     memory_lib.check_memory(config, ["sft_short"])
+
+
+def compare_peaks(folder, **more):
+  """Returns the peaks of an SFT update, estimated and by the compiler, in bytes.
+
+  The models are tiny, so activations are most of them. See docs/planning.md.
+  """
+  lengths = dict(data__prompt_len=128, data__response_len=192, sft__pack_len=512)
+  config = small.config(small.settings(folder, folder), **lengths, **more)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  run = abstract_run.create_abstract_run(config, mesh)
+  (stage,) = abstract_run.plan_recipe_stages(run, ["sft_short"])
+  update = function(stage, "update")
+  cache, note = folder / "cache", lambda line: None
+  (program,) = compile_lib.compile_all(run, update, cache, note)
+  found = memory_lib.count_peak_bytes(run, stage, update, program)
+  return estimate(run, stage, "update").peak, found
+
+
+@pytest.mark.parametrize("family", [qwen, onevision])
+def test_the_estimate_of_a_family_is_near_the_compilers_peak(tmp_path, family):
+  family.write_checkpoint(tmp_path)
+  estimated, found = compare_peaks(tmp_path, model__template="chat_template")
+  assert 0.75 < found / estimated < 1.25
 
 
 def test_the_remedy_is_that_of_the_largest_part(run):

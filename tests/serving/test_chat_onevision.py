@@ -1,9 +1,5 @@
 """Answers of a LLaVA-OneVision about clips equal those of transformers' generate."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,7 +8,7 @@ from PIL import Image
 from tests.data.processors.clips import make_frames
 from tests.helpers import chats, onevision
 from tests.helpers.processor_oracle import Call, run_calls
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.serving import chat_clip, chat_stream
 
@@ -146,50 +142,3 @@ def test_older_template_has_the_ids_of_transformers(made, talk, prompts):
   clip = read(talk, made[1], "short")
   batch = chat_stream._encode_conversation(old, clip, (), QUESTION)
   assert_same_ids(batch, prompts["old"])
-
-
-def encode_their_pixels(talk, clip, given):
-  """The clip with the features of transformers' pixels."""
-  kind = "pixel_values" if clip.layouts[0].size else "pixel_values_videos"
-  side = onevision.SIDE * onevision.PATCH
-  squares = np.moveaxis(given[kind][0], 1, -1)[:, :side, :side]
-  patches = onevision.cut_square_patches(squares, onevision.PATCH)
-  if kind == "pixel_values":  # The padded image is not used.
-    patches = np.pad(patches, [(0, onevision.SIDE**2), (0, 0)])
-  run, (count, *grid) = talk.run, clip.layouts[0].grid
-  encode = jax.jit(
-    functools.partial(run.policy.apply, method="encode", grid=tuple(grid))
-  )
-  features = encode(run.base, patches.reshape(count, onevision.SIDE**2, -1))
-  arranged = run.processor.arrange(np.asarray(features), clip.layouts[0])
-  return clip._replace(features=arranged)
-
-
-@pytest.mark.torchvision
-def test_logits_of_rows_with_padding_equal_transformers(made, talk, prompts):
-  """The rows of a batch have a clip and an image, and other lengths."""
-  hf, folder = made
-  names = ["wide", "image.gif"]
-  rows = [
-    chat_stream._encode_conversation(
-      talk,
-      encode_their_pixels(talk, read(talk, folder, name), prompts[name]),
-      (),
-      QUESTION,
-    )
-    for name in names
-  ]
-  time, places = (max(row[i].shape[1] for row in rows) for i in (1, 0))
-  left = lambda x: np.pad(x, [(0, 0), (time - x.shape[1], 0), *[(0, 0)] * (x.ndim - 2)])
-  video = lambda x: np.pad(x, [(0, 0), (0, places - x.shape[1]), (0, 0)])
-  batch = Batch(
-    np.concatenate([video(np.asarray(row.video)) for row in rows]),
-    *(np.concatenate([left(np.asarray(row[i])) for row in rows]) for i in range(1, 5)),
-  )
-  got = jax.jit(talk.run.policy.apply)(talk.run.base, jax.tree.map(jnp.asarray, batch))
-  for i, name in enumerate(names):
-    inputs = {key: torch.tensor(value) for key, value in prompts[name].items()}
-    with torch.no_grad():
-      want = hf(**inputs).logits[0].numpy()
-    assert np.std(want) > 0.3
-    np.testing.assert_allclose(np.asarray(got[i])[batch.mask[i]], want, atol=2e-5)

@@ -29,6 +29,7 @@ from vlmrlaif_jax.models import (
   smolvlm,
   vlm,
 )
+from vlmrlaif_jax.models.decoder import Decoder
 from vlmrlaif_jax.models.layers import write_fields
 
 
@@ -149,7 +150,19 @@ def make_published_config(model_type: str, size: str) -> HfConfig:
   """Returns the config of a published size, a key of the family's LLM_VARIANTS."""
   models = FAMILIES[model_type].models
   decoder = models.DECODER.Model(**models.LLM_VARIANTS[size])
-  tower = models.Model(**models.VARIANTS[size])
+  return make_family_config(model_type, decoder, models.Model(**models.VARIANTS[size]))
+
+
+def make_family_config(model_type: str, decoder: Decoder, tower: Any) -> HfConfig:
+  """Returns the config of a language model and a vision tower of a family.
+
+  Args:
+    model_type: a key of FAMILIES.
+    decoder: a Decoder of the family. With several position axes, its heads are as wide
+      as those of published sizes.
+    tower: a tower of the family.
+  """
+  models = FAMILIES[model_type].models
   text = write_fields(models.DECODER.CONFIG, decoder)
   text["model_type"] = models.DECODER.__name__.rpartition(".")[2]
   vision = write_fields(models.CONFIG, tower)
@@ -164,7 +177,7 @@ def make_published_config(model_type: str, size: str) -> HfConfig:
     "tie_word_embeddings": decoder.tied,
     **write_fields(models.TOP_CONFIG, tower),
   }
-  return config_keys.make_config(kind, values, Path(size))
+  return config_keys.make_config(kind, values, Path(model_type))
 
 
 def match_config(folder: Path, config: HfConfig, tensors: Tensors) -> HfConfig:
