@@ -10,8 +10,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,6 +19,7 @@ from vlmrlaif_jax.core.types import MethodModels, Params, TrainState, merge_para
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.rewards import ScoreFn
+from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.methods import grpo as method
 from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
@@ -49,12 +48,15 @@ def check(config: ConfigDict, section: str = "grpo") -> None:
     method.check(settings)
     check_choices(settings, {"kl_anchor": KL_ANCHORS})
     oracles.check(settings.oracle)
+  if settings.oracle.kind in oracles.REWARD_KINDS:
+    with user_errors("reward"):
+      scorer.check(config.reward)
 
 
-def _score_on_host(frozen, batch):
-  """Returns zeros in place of the scores of an oracle on the host."""
-  rows = len(batch.tokens)
-  return jnp.zeros(rows), jnp.ones(rows, bool)
+def list_reward_sections(config: ConfigDict) -> tuple[str, ...]:
+  """Returns the other sections that the stage reads."""
+  is_read = "grpo" in config and config.grpo.oracle.kind in oracles.REWARD_KINDS
+  return ("reward",) if is_read else ()
 
 
 def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
@@ -63,8 +65,7 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
   Args:
     run: The run.
     stage: Name of the stage, which is also that of its section.
-    score: Scores a batch of responses; see oracles.make_oracle. None, for a plan: the
-      reward model, or a stand-in for an oracle on the host.
+    score: Scores a batch of responses; see oracles.make_oracle. None for a plan.
   """
   config = run.config[stage]
   params, frozen = role_params.make_policy_roles(
@@ -91,14 +92,12 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
     "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
-  has_reward_oracle = config.oracle.kind == "reward"
-  if has_reward_oracle:
+  has_reward_model = oracles.needs_reward_model(run.config, config.oracle)
+  if has_reward_model:
     frozen["reward"] = role_params.load_reward_model(run)
     passes["score"] = [workloads.make_reward_pass(run, prompts * config.samples, time)]
   if score is None:
-    score = _score_on_host
-    if has_reward_oracle:
-      score = jax.jit(oracles.make_reward_oracle(run, config.oracle).score)
+    score = oracles.make_planned_score(run, has_reward_model)
   parts = MethodModels(policy=run.policy, score=score)
   ids = answering.get_token_ids(run)
   return common.make_training_job(
@@ -182,19 +181,14 @@ def _make_reference_hook(
 def workload(run: Run, stage: str) -> Workload:
   """Returns the workload of a stage of GRPO."""
   config, job = run.config[stage], make_job(run, stage)
-  time = sum(get_row_lengths(run.config, stage))
   return common.make_training_workload(
-    run, stage, job, first=_make_judge_functions(run, config, time)
+    run, stage, job, first=_make_judge_functions(run, config)
   )
 
 
-def _make_judge_functions(
-  run: Run, config: ConfigDict, time: int
-) -> list[DeviceFunction]:
+def _make_judge_functions(run: Run, config: ConfigDict) -> list[DeviceFunction]:
   """Returns the device functions of an oracle that scores on the host."""
   oracle, rows = config.oracle, config.batch_size * config.samples
-  if oracle.kind == "reward_rank":
-    return [workloads.make_score_function(run, time, rows)]
   if oracle.judge == "endpoint":
     return []
   queries = {
@@ -215,6 +209,7 @@ STAGES = (
     run=train,
     check=check,
     steps="steps",
+    reads=list_reward_sections,
     workload=workload,
     trains_policy=True,
     has_rollouts=True,
