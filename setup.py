@@ -38,6 +38,7 @@ setup(
     "chex",
     "flax>=0.12.8",
     "grain",
+    "httpx",
     "huggingface_hub",
     "importlib_resources",  # tensorflow-datasets imports it, but does not name it.
     "jax>=0.10.2,<0.13",

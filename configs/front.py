@@ -15,6 +15,7 @@ from configs.published import DERIVED, derive_preset
 from vlmrlaif_jax.core.files import flatten_settings
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.world import language
+from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.stages.evaluation import evaluate
 from vlmrlaif_jax.stages.labeling import pairwise
@@ -220,6 +221,17 @@ def rm_7b() -> ConfigDict:
     measure_every=200,
     optimizer=dict(learning_rate=2e-5, warmup_steps=72, clip_norm=0.3),
   )
+
+
+def make_reward(stop: float = -1.0, length: float = 0.0) -> ConfigDict:
+  """Returns the section `reward`: the reward model and two rules.
+
+  Args:
+    stop: Weight of the rule about responses without EOS; 0 disables it.
+    length: Weight of the rule about the length; 0 disables it.
+  """
+  terms = {"stop": {"weight": stop}, "length": {"weight": length}}
+  return make_section(scorer.default_config(), terms=terms)
 
 
 def evaluate_tiny() -> ConfigDict:

@@ -25,6 +25,7 @@ def tiny() -> ConfigDict:
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.rm = front.rm_tiny()
+  config.reward = front.make_reward()
   config.ppo = front.make_section(
     ppo.default_config(),
     steps=30,
@@ -46,6 +47,7 @@ def llava_7b() -> ConfigDict:
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
+  config.reward = front.make_reward(stop=-8.0, length=-10.0)
   config.ppo = front.make_section(
     ppo.default_config(),
     steps=386,
@@ -55,8 +57,6 @@ def llava_7b() -> ConfigDict:
     minibatches=2,
     kl_coef=0.1,
     lam=1.0,
-    stop_penalty=-8.0,
-    length_coef=-10.0,
     save_every=10,
     samples_every=20,
     optimizer=dict(learning_rate=3e-5, warmup_steps=20, schedule="cosine"),
@@ -76,9 +76,8 @@ def follow_reference(config: ConfigDict) -> ConfigDict:
     kl_estimator="k1_clamped",
     reward_scale=10.0,
     lam=1.0,
-    stop_penalty=-8.0,
-    length_coef=-10.0,
   )
+  config.reward = front.make_reward(stop=-8.0, length=-10.0)
   return config
 
 

@@ -150,14 +150,7 @@ def make_ppo_job(bench: Bench, *, video: bool) -> Job:
   base = make_random_arrays(get_shapes(model, bench.base))
   config = ppo.default_config()
   config.update(samples=size.group, kl_coef=0.1)
-  score = rewards.make_reward_fn(
-    scorer,
-    suffix=(1,),
-    stops=(_NEVER,),
-    penalty=0.0,
-    length_coef=0.0,
-    max_response_len=size.new,
-  )
+  score = jax.jit(rewards.make_model_score(scorer, suffix=(1,)))
   parts = MethodModels(policy=model, critic=scorer, score=score)
   method = ppo.make(config, parts, **_get_length_kwargs(bench))
   work = make_pass(model, size, size.prompts, size.group)

@@ -30,6 +30,7 @@ from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.feedback import endpoint
+from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.recipes import validation
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.stages.stage import get_stage, load_stages
@@ -139,6 +140,7 @@ def list_sections() -> dict[str, Settings]:
     module = vars(sys.modules[stage.run.__module__])
     own = module.get(f"get_{stage.section}_config") or module["default_config"]
     builders[stage.section] = own
+  builders["reward"] = scorer.default_config
   return {name: read_builder(f"{name}.", make) for name, make in builders.items()}
 
 
@@ -152,6 +154,8 @@ def describe_readers(section: str) -> str:
   """Returns the stages that read a section: its own, and others of some recipes."""
   if section in ("model", "data"):
     return "all stages"
+  if section == "reward":
+    return "`ppo`; by `grpo`, if its oracle is the reward; by `eval`, if it is there"
   own = {stage.name for stage in load_stages().values() if stage.section == section}
   others = {
     stage.name

@@ -403,3 +403,13 @@ def test_report_names_the_file_of_each_reason():
   problems = [SkippedRecord("a", "no answer", f"{i}.json") for i in (1, 2, 1)]
   _, *lines = format_skipped_records(problems, total=9).splitlines()
   assert lines == ["  1.json: a, a: no answer", "  2.json: a: no answer"]
+
+
+def test_fields_that_no_reader_uses_stay_with_the_example(tmp_path):
+  row = {"id": 1, "video": "v.mp4", "question": "A?", "answer": "B", "level": 2}
+  (tmp_path / "v.mp4").write_bytes(b"")
+  path = tmp_path / "rows.json"
+  path.write_text(json.dumps([row | {"rubric": ["short"]}, row | {"id": 2}]))
+  (first, second), _ = read_records(path)
+  assert first["fields"] == {"level": 2, "rubric": ["short"]}
+  assert second["fields"] == {"level": 2}

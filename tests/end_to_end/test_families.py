@@ -157,7 +157,9 @@ def test_only_a_merger_in_the_projector_is_trained(trained):
 
 
 def test_reward_model_and_critic_have_the_merger_of_sft(trained):
-  params, frozen = role_params.make_ppo_roles(trained.run, "reward")
+  params, frozen = role_params.make_ppo_roles(
+    trained.run, "reward", has_reward_model=True
+  )
   policy = trained.variables["params"].get("projector", {})
   for role in ("policy", "ref", "reward", "critic"):
     whole = merge_params(frozen[role], params.get(role, {}))

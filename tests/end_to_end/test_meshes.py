@@ -70,8 +70,7 @@ def pairs(step):
 
 def methods():
   """Stage -> its method, and step -> rows. The oracle of GRPO_rank ranks by a rule."""
-  judged = dict(stops=(roles.EOS,), penalty=-1.0, length_coef=0.0, max_response_len=NEW)
-  score = rewards.make_reward_fn(roles.HEADED, suffix=SUFFIX, **judged)
+  score = jax.jit(rewards.make_model_score(roles.HEADED, suffix=SUFFIX))
   sampling = dict(max_new=NEW, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB)
   ranked = roles.config_of(grpo, samples=4)
   asked, told = (functools.partial(rows, answered=on) for on in (False, True))

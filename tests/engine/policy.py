@@ -10,7 +10,7 @@ from tests.helpers.rows import text_batch
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime import server_sampler
+from vlmrlaif_jax.stages.training import server_sampler
 
 RANK, SAMPLES, NEW, STOPS, PAD = 4, 4, 12, (2,), 0
 TINY = run_lib.resolve_checkpoint("builtin:tiny")

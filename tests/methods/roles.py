@@ -57,7 +57,9 @@ def score_all(frozen, batch):
   return even / jnp.sum(batch.loss_mask, axis=1), jnp.ones(len(even), bool)
 
 
-PARTS = MethodModels(policy=MODEL, critic=HEADED, reward_model=HEADED, score=score)
+PARTS = MethodModels(
+  policy=MODEL, critic=HEADED, reward_model=HEADED, score=jax.jit(score)
+)
 
 
 def video(seed=0):

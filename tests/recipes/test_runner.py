@@ -242,6 +242,7 @@ def test_mesh_workers_and_further_stages_may_change(tmp_path):
     ("ppo__slots", 16),
     ("label__batch", 16),
     ("grpo__oracle__endpoint__retries", 9),
+    ("reward__timeout_s", 9.0),
     ("sft__save_every", 1),
   ],
 )
@@ -264,6 +265,7 @@ def test_how_it_is_computed_may_change(tmp_path, setting, value):
     ("label__block", 3),
     ("ppo__minibatches", 4),
     ("ppo__temperature", 0.5),
+    ("reward__terms__stop__weight", -2.0),
     ("dpo__save_every", 3),
   ],
 )

@@ -28,14 +28,14 @@ def test_ppo_starts_from_sft_and_a_critic_from_the_reward_model(one, ppo_on_one)
 
 
 def test_critic_head_may_be_the_reward_models(one):
-  params, frozen = role_params.make_ppo_roles(one, "reward")
+  params, frozen = role_params.make_ppo_roles(one, "reward", has_reward_model=True)
   chex.assert_trees_all_equal(
     params["critic"]["params"]["head"], frozen["reward"]["params"]["head"]
   )
 
 
 def test_the_reference_is_the_sft_policy_and_shares_its_base(one):
-  _, frozen = role_params.make_ppo_roles(one, "zero")
+  _, frozen = role_params.make_ppo_roles(one, "zero", has_reward_model=True)
   sft = role_params.load_policy(one, "sft_long")
   chex.assert_trees_all_equal(frozen["ref"]["lora"], sft["lora"])
   llm = one.base["params"]["llm"]["embed"]["embedding"]

@@ -57,10 +57,7 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
 ):
   variables = role_params.load_reward_model(one)
   suffix = tuple(tokenization.encode_suffix(one.tokenizer, one.prompts.reward))
-  score = rewards.make_reward_fn(
-    one.reward_model, suffix=suffix, stops=one.stops, penalty=0.0,
-    length_coef=0.0, max_response_len=one.config.data.response_len,
-  )  # fmt: skip
+  score = rewards.make_model_score(one.reward_model, suffix)
   in_ppo, _ = jax.jit(score)({"reward": variables}, jax.tree.map(jnp.asarray, ppo_rows))
   pairs = [
     {**e, "output_1": said, "output_2": "No.", "preference": 1}

@@ -187,7 +187,7 @@ class MethodModels(NamedTuple):
   # (frozen, batch) -> (score of each response, whether it is valid). The rows of one
   # prompt are adjacent, so that a scoring function can compare them.
   score: Callable[
-    [Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]
+    [Params, Batch], tuple[Float[AnyArray, " batch"], Bool[AnyArray, " batch"]]
   ] = _no_score
   # Samples responses elsewhere; None samples with the devices that train.
   sampler: "RemoteSampler | None" = None

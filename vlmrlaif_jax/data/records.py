@@ -9,6 +9,7 @@ import collections
 import functools
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,19 @@ from vlmrlaif_jax.data.video import MediaList
 
 MAX_REPORTED_PROBLEMS = 20  # Largest number of reasons, and of ids of a reason.
 MAX_REASON = 300  # Characters of a reason.
+# Keys of a record that an example contains in another form.
+READ_KEYS = frozenset(
+  (
+    *fields.ID_KEYS,
+    *media.VIDEO_KEYS,
+    *media.IMAGE_KEYS,
+    *media.PATH_KEYS,
+    *itertools.chain(*media.TIME_KEYS),
+    *("conversations", "conversation", "messages", "turns", "history", "system"),
+    *("question", "answer", "prompt", "completion", "query", "response", "q", "a"),
+    *("instruction", "input", "output", "text", "loss", "truth", "source", "src_data"),
+  )
+)
 LAYOUT = """expected layout:
   videos/                 the folder to name
     clip.mp4              "video": "clip.mp4"
@@ -39,6 +53,7 @@ class Example(TypedDict):
   turns: list[tuple[str, str]]  # All questions and answers, from the first.
   loss: NotRequired[list[bool]]  # Whether SFT learns each answer; absent: all of them.
   truth: NotRequired[dict[str, Any]]  # Ground truth of the video, for measurements.
+  fields: NotRequired[dict[str, Any]]  # Other fields of the record, for rewards.
 
 
 class PreferenceExample(TypedDict):
@@ -193,7 +208,8 @@ def _read(
       fields.check_fields(row)
       source = str(row.get("src_data") or row.get("source") or path.stem)
       record = make(row, folders) | {"source": source}
-      content = repr((own, record)).encode(errors="backslashreplace")
+      compared = {key: value for key, value in record.items() if key != "fields"}
+      content = repr((own, compared)).encode(errors="backslashreplace")
       digest = hashlib.sha256(content).digest()
       if digest in digests:
         raise ValueError(f"it equals an earlier record with the id {own}")
@@ -242,7 +258,17 @@ def _make_example(
     "turns": talk.turns,
     **({} if all(talk.loss) else {"loss": talk.loss}),
   }
-  return example | _read_optional(row, truth=dict)
+  others = {key: x for key, x in row.items() if key not in READ_KEYS and _is_json(x)}
+  optional = _read_optional(row, truth=dict)
+  return example | optional | ({"fields": others} if others else {})
+
+
+def _is_json(value: Any) -> bool:
+  try:
+    json.dumps(value)
+  except (TypeError, ValueError):  # For example, the bytes of a picture.
+    return False
+  return True
 
 
 def _make_preference(

@@ -1,9 +1,10 @@
-"""Compares answers with the exact truth of the embedded world."""
+"""Compares answers with the exact truth of the embedded world, or with a reference."""
 
 from typing import NamedTuple
 
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, scene
+from vlmrlaif_jax.feedback import answers
 
 DESCRIPTION = "description"  # Kind of questions that request a description.
 REFERENCE = "reference"  # Kind of examples with a reference answer only.
@@ -48,7 +49,8 @@ def judge_answer(example: Example, text: str) -> TruthVerdict:
   truth = example.get("truth") or {}
   if "scene" not in truth:
     answer = example.get("answer", "")
-    correct = language.is_correct(text, answer) if answer else None
+    question = example.get("question", "")
+    correct = answers.is_match(text, answer, question) if answer else None
     return TruthVerdict(REFERENCE, correct, 0, [], None)
   if truth["kind"] != DESCRIPTION:
     correct = language.is_correct(text, truth["answer"])

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Stops, is_stop
 from vlmrlaif_jax.data.prompts import Prompts
 from vlmrlaif_jax.data.records import Example
@@ -60,6 +61,20 @@ def compute_ranks(
 ) -> Int[np.ndarray, "*batch group"]:
   """Counts the higher scores in the group. Ties have equal ranks, as in 0, 0, 2."""
   return np.sum(scores[..., None, :] > scores[..., :, None], axis=-1)
+
+
+def compute_win_rates(
+  scores: Float[np.ndarray, "*batch group"],
+) -> Float[np.ndarray, "*batch group"]:
+  """Computes the share of the other responses of a group that each one beats.
+
+  The mean of a group is 0.5 without ties, and lower with ties.
+
+  >>> compute_win_rates(np.array([0.0, -1.0, -1.0]))
+  array([1., 0., 0.])
+  """
+  wins = np.sum(scores[..., None, :] < scores[..., :, None], axis=-1)
+  return wins / max(scores.shape[-1] - 1, 1)
 
 
 def score_ranker(
@@ -214,6 +229,13 @@ def make_score_fn(
     groups = [texts[i : i + size] for i in range(0, len(texts), size)]
     comparison = compare(batch_examples, groups)
     scores, valid = comparison.scores, comparison.valid
+    if not valid.any():
+      raise UserError(
+        f"the oracle scored no response to any of {len(groups)} prompts, so nothing "
+        "can be learned: oracle.kind=truth requires the embedded world; for your own "
+        "data, set oracle.kind=reward and terms in config.reward. A judge must write "
+        "replies that can be read; see docs/judges.md"
+      )
     return scores.reshape(-1).astype(np.float32), valid.reshape(-1)
 
   return score

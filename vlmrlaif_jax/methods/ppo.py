@@ -56,8 +56,6 @@ def default_config() -> ConfigDict:
       top_k=0,  # Number of candidate tokens; 0 disables it.
       samples=1,  # Responses per prompt.
       slots=0,  # Responses that are decoded concurrently; 0 for all.
-      stop_penalty=-1.0,  # Score added to a response without EOS.
-      length_coef=0.0,  # Score added per length / response_len.
       chunk=128,  # Time steps whose logits are computed together.
       async_rollouts=False,  # Sample the next rollout before the update; see job.py.
     )
@@ -70,7 +68,8 @@ def make(
   """Returns PPO, which trains the roles "policy" and "critic".
 
   It reads "policy", "critic", "ref" and the roles of parts.score from frozen.
-  `generate` describes max_new, stops and the limits pad and vocab.
+  parts.score may be a function of the host. `generate` describes max_new, stops and the
+  limits pad and vocab.
   """
   check(config)
   policy, critic = parts.policy, parts.critic
@@ -119,10 +118,9 @@ def make(
     )
     return compute_ppo_loss(config, rollout, logps, values, mask)
 
-  score = jax.jit(parts.score)
   sampling = {"max_new": max_new, "stops": stops, **limits}
   collect = make_collector(
-    config, policy, score, prepare_rollout, parts.sampler, **sampling
+    config, policy, parts.score, prepare_rollout, parts.sampler, **sampling
   )
   return Method(Batch, collect, loss)
 

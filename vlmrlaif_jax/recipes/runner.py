@@ -3,6 +3,7 @@
 Stages that are done in the workdir are skipped. An unfinished stage resumes.
 """
 
+import itertools
 import json
 import pathlib
 import time
@@ -177,6 +178,9 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> bool:
   fixed = {stage.section for stage in begun}
   if begun:
     fixed |= {"seed", "model", "data"}
+  # The reward is of no stage alone.
+  sections = [each.reads(config) for each in begun if each.section in config]
+  fixed |= {"reward"} & set(itertools.chain(*sections))
   if before and (root / "world").exists():  # The embedded world is rendered once.
     fixed |= {"seed", "data"}
   changed = [

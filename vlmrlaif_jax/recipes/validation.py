@@ -33,6 +33,11 @@ RENAMED = {
       ("truncated", "truncated_responses"),
     )
   },
+  **{
+    f"{section}.{old}": f"reward.terms.{new}.weight"
+    for section in ("ppo", "grpo.oracle")
+    for old, new in (("stop_penalty", "stop"), ("length_coef", "length"))
+  },
   "evaluate.bon_by": "evaluate.held_out.bon_reward",
   "evaluate.held_out.bon_by": "evaluate.held_out.bon_reward",
   "evaluate.judge_sees": "evaluate.judge_sees_video",

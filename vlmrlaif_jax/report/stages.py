@@ -1,5 +1,6 @@
 """Collects a stage's time, summary, alarms and curves for the report."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ SHARED_CHARTS = {  # Metrics that are useful only in the same chart.
   "reward of DPO": ("chosen_reward", "rejected_reward"),
   "log-probability": ("chosen_logps", "rejected_logps"),
 }
+TERM = re.compile(r"terms/([^/]+)(/weighted)?")  # Metrics of terms of the reward.
 MAX_PHASES = 4  # Phases with a curve.
 MAX_MARKS = 40  # Marks of alarms on a curve.
 
@@ -109,6 +111,8 @@ def make_charts(
 ) -> tuple[list[JsonRow], list[JsonRow]]:
   """Returns the leading charts of a stage, and the others."""
   columns = read_columns(rows)
+  term_charts = make_term_charts(columns, marks)
+  columns = {key: each for key, each in columns.items() if not TERM.fullmatch(key)}
   charts = make_truth_chart(columns, marks) if facts.has_rollouts else []
   if charts:
     columns.pop("truth", None)
@@ -116,6 +120,7 @@ def make_charts(
     if all(key in columns for key in keys):
       lines = {key: columns.pop(key) for key in keys}
       charts.append(draw_chart(title, lines, shared=True, marks=marks))
+  charts += term_charts
   draw = lambda key: draw_chart(key, {key: columns[key]}, marks=marks)
   leads = order_metrics(list(columns))[: max(MAX_LEAD_CHARTS - len(charts), 0)]
   others = [draw(key) for key in columns if key not in leads]
@@ -142,6 +147,24 @@ def make_truth_chart(
   lines = {"judge": find("judge_score", "score", "reward"), "truth": find("truth")}
   drawn = {name: points for name, points in lines.items() if points}
   return [draw_chart("judge and truth", drawn, marks=marks)] if len(drawn) == 2 else []
+
+
+def make_term_charts(
+  columns: Columns, marks: Sequence[tuple[int, str]]
+) -> list[JsonRow]:
+  """Returns a chart of the terms of the reward, and one of their weighted values."""
+  charts = []
+  titles = {None: "terms of the reward", "/weighted": "weighted terms of the reward"}
+  for weighted, title in titles.items():
+    matches = {key: TERM.fullmatch(key) for key in columns}
+    lines = {
+      match[1]: columns[key]
+      for key, match in matches.items()
+      if match and match[2] == weighted
+    }
+    if lines:
+      charts.append(draw_chart(title, lines, shared=True, marks=marks))
+  return charts
 
 
 # Phases.

@@ -26,6 +26,7 @@ FREE_SETTINGS = (  # Patterns of fnmatch, whose * also matches dots.
   # because it numbers files.
   *("*.batch", "claims.block", "claims.check_rows"),
   *(f"*.endpoint.{name}" for name in _REQUEST_SETTINGS),
+  *("reward.concurrency", "reward.timeout_s", "reward.max_invalid"),
   # Alarms, logging, measurements and checkpoints.
   *("*.alarms.*", "*.log_every", "*.samples_every", "rm.measure_every"),
   *("*.save_every", "*.keep"),

@@ -139,21 +139,26 @@ def load_reward_model(run: Run) -> Params:
   )
 
 
-def make_ppo_roles(run: Run, critic_head: str) -> tuple[Params, Params]:
+def make_ppo_roles(
+  run: Run, critic_head: str, *, has_reward_model: bool
+) -> tuple[Params, Params]:
   """Returns the trained and the frozen parameters of PPO, by role.
 
   Roles with the same base share its arrays.
 
   Args:
-    run: the run whose workdir has SFT and the reward model.
+    run: the run whose workdir has SFT and, if it is used, the reward model.
     critic_head: one of CRITIC_HEADS.
+    has_reward_model: whether the reward model scores. If not, the critic starts as an
+      untrained reward model.
   """
   params, frozen = make_policy_roles(run, SFT_STAGES[1])
-  reward = load_reward_model(run)
+  reward = load_reward_model(run) if has_reward_model else init_reward_model(run)
   critic = {"lora": reward["lora"], "params": {"head": reward["params"]["head"]}}
   if critic_head == "zero":
     critic["params"] = run.arrays.zeros_like(critic["params"])
-  roles = {"reward": reward, "critic": load_reward_model_base(run)}
+  roles = {"critic": load_reward_model_base(run)}
+  roles |= {"reward": reward} if has_reward_model else {}
   return params | {"critic": critic}, frozen | roles
 
 

@@ -118,13 +118,13 @@ def test_policy_that_claims_nothing_has_no_rate_of_hallucination(examples, right
 
 def test_reward_is_a_mean_of_scores_and_left_out_where_there_is_none(examples, right):
   assert "reward" not in scores(rows_of(examples, right))
-  reward = lambda questions, texts: [1.0, -2.0, 0.5, 2.5]
-  assert scores(rows_of(examples, right, reward))["reward"].mean == 0.5
+  reward = lambda rows, replies: [1.0, -2.0, None, 2.5]
+  assert scores(rows_of(examples, right, reward))["reward"].mean == 0.5  # Of three.
 
 
 def test_what_has_no_answer_is_counted_and_not_scored(examples, right):
   asked = []
-  reward = lambda questions, texts: asked.extend(q.id for q in questions) or [0] * 3
+  reward = lambda rows, replies: asked.extend(e["id"] for e in rows) or [0] * 3
   rows = rows_of(examples, {**right, "d1": None}, reward)
   assert [row.fault for row in rows] == ["", "", "unanswered", ""]
   assert asked == ["attribute", "motion", "d2"] and scores(rows)["recall"].n == 1

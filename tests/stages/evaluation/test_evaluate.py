@@ -16,6 +16,7 @@ from vlmrlaif_jax.data import features, pipeline, prompts
 from vlmrlaif_jax.data.processors.interface import Grid, Visual
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.feedback import pairwise_judge
+from vlmrlaif_jax.feedback.terms.scorer import RewardScores
 from vlmrlaif_jax.report import page, tables
 from vlmrlaif_jax.report.files import open_report_workdir
 from vlmrlaif_jax.runtime import answering, loading, video
@@ -32,6 +33,16 @@ def run_stage(run, policies, reward=None, stream=None):
   stream = io.StringIO() if stream is None else stream
   with StageLog(folder, "eval", 1, stream=stream) as log:
     return evaluate.measure_policies(run, policies, reward, folder, log)
+
+
+def scored(score):
+  """A reward of one term: a function of the text."""
+
+  def score_all(run, examples, texts, stopped):
+    values = np.array([float(score(text)) for text in texts])
+    return RewardScores(values, np.isfinite(values), {}, {}, {})
+
+  return score_all
 
 
 def results_of(run):
@@ -229,12 +240,12 @@ def test_answers_depend_on_more_than_the_policy(run_of, tmp_path, asked, change)
 
 def test_same_policy_twice_differs_by_exactly_nothing(run_of, tmp_path, asked):
   run = run_of()
-  reward = lambda run, rows, texts: [0.3] * 12
+  reward = scored(lambda text: 0.3)
   run_stage(run, {"sft": WRONG, "ppo": dict(WRONG)}, reward)
   found = results_of(run)["difference"]
   for stat in found.values():
     assert (stat["mean"], stat["low"], stat["high"]) == (0, 0, 0)
-  assert len(found) == 8 and "judge_score" not in found
+  assert len(found) == 9 and "judge_score" not in found
 
 
 def test_single_policy_has_no_difference(run_of, tmp_path, asked):
@@ -246,7 +257,7 @@ def test_single_policy_has_no_difference(run_of, tmp_path, asked):
 
 def test_reward_model_scores_each_policys_answers(run_of, tmp_path, asked):
   run = run_of()
-  reward = lambda run, examples, texts: np.array([float(len(t)) for t in texts])
+  reward = scored(len)
   run_stage(run, {"sft": WRONG, "ppo": RIGHT}, reward)
   rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   assert rows[1]["reward"] == {

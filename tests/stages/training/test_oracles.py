@@ -37,14 +37,24 @@ def with_oracle(one, workdir, **settings):
 @pytest.mark.parametrize("kind", ["reward", "reward_rank", "truth"])
 def test_grpo_trains_the_policy_alone(one, tmp_path, kind):
   run = with_oracle(one, tmp_path / kind, kind=kind)
+  rule = "examples/rewards/brevity.py:score_brevity"
+  run.config.reward.terms.brevity = {"fn": rule}
+  run.config.reward.combine = "group" if kind == "reward" else "sum"
   done = run_stage(run, "grpo")
   assert set(done.state.params) == {"policy"}
   [line] = small.metrics(run.workdir / "grpo")
   assert line["invalid"] == 0 and np.isfinite(line["loss"])
+  if kind != "reward":  # Ranks are reported as win rates.
+    assert 0 <= line["reward"] <= 1
+  names = {key.split("/")[1] for key in line if key.startswith("terms/")}
+  assert names == (set() if kind == "truth" else {"brevity", "reward_model", "stop"})
   assert set(load_workdir_policies(run)) == {"sft", "grpo"}
   rows = (run.workdir / "grpo" / "samples" / "step_1.jsonl").read_text().splitlines()
   assert len(rows) == 2 * 3
-  assert json.loads(rows[0])["id"] == json.loads(rows[2])["id"]
+  first = json.loads(rows[0])
+  assert first["id"] == json.loads(rows[2])["id"]
+  if kind == "reward":
+    assert sum(first["terms"].values()) == pytest.approx(first["score"], abs=1e-5)
 
 
 def batch_of(run, texts):
@@ -68,12 +78,12 @@ def test_truth_puts_what_is_right_first(one, tmp_path):
   assert valid.all()
 
 
-def test_a_judge_that_says_nothing_of_use_leaves_groups_out(one, tmp_path):
+def test_a_judge_that_says_nothing_of_use_ends_the_run(one, tmp_path):
   run = with_oracle(one, tmp_path / "pairs", kind="pairs", prompt_len=200, max_new=2)
   examples = run.splits.prompts[:1]
   score = oracles.make_oracle(run, run.config.grpo.oracle, examples, tmp_path).score
-  _, valid = score({"example_ids": np.array([0])}, batch_of(run, ["Red.", "Blue."]))
-  assert not valid.any()
+  with pytest.raises(UserError, match="scored no response to any of 1 prompts"):
+    score({"example_ids": np.array([0])}, batch_of(run, ["Red.", "Blue."]))
 
 
 def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
@@ -166,10 +176,11 @@ def test_a_generative_judge_may_see_one_order(one, tmp_path, monkeypatch):
   assert oracle.get_metrics()["judge_calls"] == 1 + 3
 
 
-def test_what_a_generative_judge_does_not_score_is_left_out(one, tmp_path, monkeypatch):
-  oracle, (_, valid) = compared(one, tmp_path / "no", monkeypatch, Scorer(unread=True))
-  assert not valid.any()
-  assert oracle.get_metrics()["judge_unread"] == 1
+def test_a_generative_judge_that_scores_nothing_ends_the_run(
+  one, tmp_path, monkeypatch
+):
+  with pytest.raises(UserError, match="scored no response to any of 2 prompts"):
+    compared(one, tmp_path / "no", monkeypatch, Scorer(unread=True))
 
 
 def test_grpo_logs_what_a_generative_judge_was_asked(one, tmp_path):

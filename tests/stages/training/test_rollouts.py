@@ -5,29 +5,55 @@ import shutil
 
 import pytest
 
+from tests.helpers import small
 from tests.helpers.stage_runs import run_stage
+from vlmrlaif_jax.report.sources import make_stage_source
+from vlmrlaif_jax.report.stages import collect_stage
 from vlmrlaif_jax.stages.training import rollouts
 
 
 @pytest.fixture(scope="module")
-def unmoved(one, tmp_path_factory):
-  """The samples of two steps of PPO that learn nothing: a list of rows for each."""
+def workdir(one, tmp_path_factory):
+  """A workdir with two steps of PPO that learn nothing, by four terms."""
   workdir = tmp_path_factory.mktemp("samples")
   for part in ("sft_long", "rm"):
     shutil.copytree(one.workdir / part, workdir / part)
   config = one.config.copy_and_resolve_references()
-  config.ppo.update(steps=2, samples_every=1, length_coef=-0.5)
+  config.ppo.update(steps=2, samples_every=1)
+  config.reward.terms.length.weight = -0.5
+  rule = "examples/rewards/brevity.py:score_brevity"
+  config.reward.terms.brevity = {"fn": rule, "kwargs": {"words": 2}}
   config.ppo.optimizer.update(learning_rate=0.0, warmup_steps=0)
   run = one._replace(workdir=workdir, config=config)
   run_stage(run, "ppo")
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def unmoved(workdir):
+  """The rows of the samples of each step."""
   paths = [workdir / "ppo" / "samples" / f"step_{step}.jsonl" for step in (1, 2)]
   return [[json.loads(line) for line in path.open()] for path in paths]
 
 
 def test_terms_of_a_row_add_up_to_its_score(unmoved):
   for row in unmoved[0]:
-    assert list(row["terms"]) == ["reward model", "no end", "length"]
+    assert list(row["terms"]) == ["brevity", "length", "reward_model", "stop"]
     assert sum(row["terms"].values()) == pytest.approx(row["score"], abs=1e-5)
+
+
+def test_the_report_shows_each_term(workdir):
+  [line, _] = small.metrics(workdir / "ppo")
+  for name, weight in (("brevity", 1), ("length", -0.5), ("stop", -1)):
+    value = line[f"terms/{name}"]
+    assert line[f"terms/{name}/weighted"] == pytest.approx(weight * value)
+  charts = {chart["title"]: chart for chart in collect_stage(workdir, "ppo")["charts"]}
+  for title in ("terms of the reward", "weighted terms of the reward"):
+    names = [drawn["name"] for drawn in charts[title]["lines"]]
+    assert names == ["brevity", "length", "reward_model", "stop"]
+  [source] = make_stage_source(workdir, "ppo")
+  answers = [answer for group in source["groups"] for answer in group["answers"]]
+  assert all(len(answer["terms"]) == 4 for answer in answers)
 
 
 def test_videos_are_named_from_the_workdir_or_whole(unmoved, one):

@@ -3,7 +3,7 @@
 The embedded world's truth is exact. A short answer is right or wrong. Each statement of
 a description is true or unsupported, and the hallucination rate is the unsupported
 share of all statements (Rohrbach et al. 2018, 1809.02156). A user's own videos have
-only a reference answer, which an answer matches word by word or not.
+only a reference answer, which an answer matches or not; see feedback/answers.py.
 
 The judge that labeled the preferences also compares two policies. If it finds more
 progress than truth does, the policy exploits the judge.
@@ -27,6 +27,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   ScoredCase,
 )
 from vlmrlaif_jax.evals.summary import HELD_OUT
+from vlmrlaif_jax.feedback import answers
 from vlmrlaif_jax.feedback.pairwise_judge import (
   JUDGED,
   AnswerPair,
@@ -42,7 +43,8 @@ SETTINGS = {
   # Numbers of answers to sample, such as (4, 16), for best-of-n with the last DPO
   # policy.
   "best_of": (),
-  "bon_reward": ("mean",),  # Best-of-n rewards: "mean" per token, "total" per answer.
+  # Best-of-n rewards: "mean" per token, "total" per answer, or the section "reward".
+  "bon_reward": ("mean",),
   "bon_temperature": 1.0,  # Sampling temperature of best-of-n.
 }
 
@@ -53,7 +55,7 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: A setting has a wrong value.
   """
-  check_choices(config, {"bon_reward": ("mean", "total")})
+  check_choices(config, {"bon_reward": ("mean", "total", "reward")})
   if not all(isinstance(count, int) and count > 0 for count in config.best_of):
     raise ValueError(f"best_of must contain integers above 0, got {config.best_of}")
 
@@ -68,7 +70,7 @@ def run(
   """
   questions = [BenchmarkQuestion(e["id"], e["video"], e["question"]) for e in items]
   replies = model.generate_replies(questions)
-  answered = [(q, r.text) for q, r in zip(questions, replies, strict=True) if r]
+  answered = [(e, r) for e, r in zip(items, replies, strict=True) if r]
   if not answered:
     raise UserError(
       f"none of the {len(items)} held-out questions has an answer: raise "
@@ -77,9 +79,12 @@ def run(
     )
   rewards: dict[str, float] = {}
   if model.compute_rewards:
-    answered_questions, texts = zip(*answered, strict=True)
-    scores = model.compute_rewards(answered_questions, texts)
-    rewards = {q.id: float(x) for q, x in zip(answered_questions, scores, strict=True)}
+    scores = model.compute_rewards(*zip(*answered, strict=True))
+    rewards = {
+      example["id"]: float(score)
+      for (example, _), score in zip(answered, scores, strict=True)
+      if score is not None
+    }
   return [
     score_answer(question, example, reply, rewards.get(question.id))
     for question, example, reply in zip(questions, items, replies, strict=True)
@@ -98,7 +103,7 @@ def score_answer(
     question: The question.
     example: Example of the question, with its truth or a reference answer.
     reply: The answer, None for a missing answer.
-    reward: The reward model's score, None without a reward model.
+    reward: The score by the section `reward`, None for none.
   """
   right = example.get("truth", {}).get("answer", example["answer"])
   if reply is None:
@@ -107,6 +112,8 @@ def score_answer(
   tallies: dict[str, tuple[float | int, float | int]] = {}
   if verdict.correct is not None:
     tallies["accuracy"] = tallies[f"{verdict.kind}.accuracy"] = (verdict.correct, 1)
+  if verdict.kind == world_truth.REFERENCE and right:
+    tallies["f1"] = (answers.compute_f1(reply.text, right), 1)
   if verdict.recall is not None:
     tallies["hallucination"] = (len(verdict.unsupported), verdict.claims)
     tallies["recall"] = (verdict.recall, 1)

@@ -12,7 +12,7 @@ import importlib
 import json
 import pathlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,10 +68,11 @@ class BenchmarkModel(NamedTuple):
     Callable[[str, Sequence[BenchmarkQuestion]], list[list[float] | None]] | None
   ) = None
   similarity: Similarity = STATEMENTS  # Text similarity of retrieval and recognition.
-  # Scores a text as the answer to each question by the reward model. None if the policy
-  # has no reward model.
+  # Scores the answer to each held-out example by the section `reward`; an invalid score
+  # is None. None if there is no reward.
   compute_rewards: (
-    Callable[[Sequence[BenchmarkQuestion], Sequence[str]], Iterable[float]] | None
+    Callable[[Sequence[Example], Sequence[BenchmarkReply]], Sequence[float | None]]
+    | None
   ) = None
 
   def answer(self, questions: Sequence[BenchmarkQuestion]) -> list[str | None]:

@@ -46,13 +46,12 @@ from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.summary import HELD_OUT, select_comparable
 from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Similarity
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.runtime import answering, role_params, scoring, video, workloads
+from vlmrlaif_jax.runtime import answering, rewarding, role_params, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.evaluation import results
 from vlmrlaif_jax.stages.evaluation.policies import (
   EncodedRun,
-  RewardFn,
   make_benchmark_policies,
   make_judge,
   make_pair_judge,
@@ -177,12 +176,7 @@ def run_evaluation(
   run: Run, stage: str, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
   """Measures each policy of the workdir with each benchmark; see measure_policies."""
-  reward: RewardFn | None = None
-  if role_params.has_reward_model(run):
-    variables = role_params.load_reward_model(run)
-    reward = lambda run, examples, texts: scoring.score_texts(
-      run, variables, examples, texts
-    )
+  reward = rewarding.make_text_scorer(run)
   return measure_policies(run, load_workdir_policies(run), reward, folder, log)
 
 
@@ -202,7 +196,7 @@ def workload(run: Run, stage: str) -> Workload:
 def measure_policies(
   run: Run,
   policies: dict[str, Params],
-  reward: RewardFn | None,
+  reward: rewarding.TextScorer | None,
   folder: pathlib.Path,
   log: StageLog,
 ) -> dict[str, Any]:
@@ -211,7 +205,7 @@ def measure_policies(
   Args:
     run: The run.
     policies: Variables of run.policy by name; "sft" is the judge "self".
-    reward: Scores of the reward model; None for none.
+    reward: Scores answers by the section `reward`; None for no scores.
     folder: Folder of the results.
     log: Log of the stage, with a step for each benchmark.
 

@@ -1,15 +1,18 @@
 """Policies and judges that the stage `eval` measures and uses."""
 
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.data.records import SkippedRecord
+from vlmrlaif_jax.data.records import Example, SkippedRecord
 from vlmrlaif_jax.data.video import Media
 from vlmrlaif_jax.evals.benchmarks import world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
@@ -23,15 +26,12 @@ from vlmrlaif_jax.evals.text_similarity import Similarity
 from vlmrlaif_jax.feedback import endpoint, pairwise_judge
 from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, JudgeQuery, PairOutcome
 from vlmrlaif_jax.runtime import answering, role_params, video
+from vlmrlaif_jax.runtime.rewarding import TextScorer
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import best_of_n, option_logps
 
 # Prompt lengths are multiples of this number of tokens, to limit compilations.
 PROMPT_MULTIPLE = 32
-# Scores each text as the answer to each example with the reward model.
-RewardFn: TypeAlias = Callable[
-  [Run, Sequence[Mapping[str, Any]], Sequence[str]], Iterable[float]
-]
 
 
 class EncodedRun:
@@ -40,11 +40,11 @@ class EncodedRun:
   Attributes:
     run: The run, with the prompt length of the evaluation.
     log: Log of the stage.
-    reward: Scores of the reward model; None without one.
+    reward: Scores answers by the section `reward`; None for no scores.
     done: Number of finished benchmarks.
   """
 
-  def __init__(self, run: Run, log: StageLog, reward: RewardFn | None = None):
+  def __init__(self, run: Run, log: StageLog, reward: TextScorer | None = None):
     config = run.config.copy_and_resolve_references()
     config.data.prompt_len = config.evaluate.prompt_len or config.data.prompt_len
     self.run, self.log, self.reward = run._replace(config=config), log, reward
@@ -61,7 +61,7 @@ class BestOf(NamedTuple):
   reference: Params  # Variables at the start of DPO.
   file: pathlib.Path  # Cache of the answers and their rewards.
   answers: int  # Number of answers to choose from.
-  by: str  # Reward: "mean" or "total".
+  by: str  # Reward: "mean", "total" or "reward".
 
 
 class Policy:
@@ -128,13 +128,18 @@ class Policy:
     )
 
   def compute_rewards(
-    self, questions: Sequence[BenchmarkQuestion], texts: Sequence[str]
-  ) -> Iterable[float]:
-    """Returns the reward model's score of each text; see BenchmarkModel."""
+    self, examples: Sequence[Example], replies: Sequence[BenchmarkReply]
+  ) -> list[float | None]:
+    """Returns the score of each answer, None if invalid; see BenchmarkModel."""
     assert self.encoded.reward
+    questions = [
+      BenchmarkQuestion(e["id"], e["video"], e["question"]) for e in examples
+    ]
     run, _ = self._get_sampling(questions)
-    examples = [{"video": q.video, "question": q.text} for q in questions]
-    return self.encoded.reward(run, examples, texts)
+    texts, stopped = [r.text for r in replies], [r.stopped for r in replies]
+    result = self.encoded.reward(run, examples, texts, stopped)
+    pairs = zip(result.scores.tolist(), result.valid, strict=True)
+    return [score if valid else None for score, valid in pairs]
 
   def _select_best(self, run, queries, sampling) -> list[answering.VideoReply]:
     assert self.best_of
@@ -151,7 +156,20 @@ class Policy:
       file,
       beta=run.config.dpo.beta,
     )
+    if by == "reward":
+      candidates = self._add_rewards(candidates)
     return best_of_n.choose_best(candidates, by, count)
+
+  def _add_rewards(self, candidates: Sequence[JsonRow]) -> list[JsonRow]:
+    """Adds scores by the section `reward`; an answer without one is the worst."""
+    examples = {f"best:{e['id']}": e for e in self.encoded.run.splits.benchmark}
+    flat = [(examples[row["id"]], r) for row in candidates for r in row["replies"]]
+    replies = [BenchmarkReply(*reply[:2]) for _, reply in flat]
+    rewards = self.compute_rewards([example for example, _ in flat], replies)
+    lowest = min((score for score in rewards if score is not None), default=0.0)
+    scores = np.array([lowest - 1 if x is None else x for x in rewards])
+    rows = scores.reshape(len(candidates), -1).tolist()
+    return [row | {"reward": each} for row, each in zip(candidates, rows, strict=True)]
 
   def _select_readable(
     self, questions: Sequence[BenchmarkQuestion]
@@ -222,6 +240,11 @@ def make_benchmark_policies(
   }
   if not counts:
     return answering_policies
+  if "reward" in encoded.run.config.evaluate.held_out.bon_reward and not encoded.reward:
+    raise UserError(
+      "evaluate.held_out.bon_reward='reward' needs the section reward or a trained "
+      "reward model: add config.reward, or set bon_reward=('mean',)"
+    )
   trained = [name for name in policies if role_params.is_dpo_stage(name)]
   if not trained:
     raise UserError(
@@ -232,7 +255,7 @@ def make_benchmark_policies(
   file = folder / f"best_of_{last}.jsonl"
   for count in counts:
     for by in encoded.run.config.evaluate.held_out.bon_reward:
-      name = f"{last}@{count}" + (":total" if by == "total" else "")
+      name = f"{last}@{count}" + ("" if by == "mean" else f":{by}")
       best_of = BestOf(policies["sft"], file, count, by)
       answering_policies[name] = Policy(encoded, policies[last], folder / name, best_of)
   return answering_policies

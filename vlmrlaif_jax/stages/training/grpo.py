@@ -10,8 +10,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -27,6 +25,7 @@ from vlmrlaif_jax.core.types import (
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.rewards import ScoreFn
+from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.methods import grpo as method
 from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
@@ -62,6 +61,9 @@ def check(config: ConfigDict, section: str = "grpo") -> None:
         f"{settings.rollout.engine} differ a little from the trainer's: set "
         "tis_max=2 and old_logps=computed"
       )
+  if settings.oracle.kind in oracles.REWARD_KINDS:
+    with user_errors("reward"):
+      scorer.check(config.reward)
 
 
 def count_sampled_prompts(config: ConfigDict) -> int:
@@ -69,10 +71,10 @@ def count_sampled_prompts(config: ConfigDict) -> int:
   return config.batch_size * config.oversample
 
 
-def _score_on_host(frozen, batch):
-  """Returns zeros in place of the scores of an oracle on the host."""
-  rows = len(batch.tokens)
-  return jnp.zeros(rows), jnp.ones(rows, bool)
+def list_reward_sections(config: ConfigDict) -> tuple[str, ...]:
+  """Returns the other sections that the stage reads."""
+  is_read = "grpo" in config and config.grpo.oracle.kind in oracles.REWARD_KINDS
+  return ("reward",) if is_read else ()
 
 
 def make_job(
@@ -86,8 +88,7 @@ def make_job(
   Args:
     run: The run.
     stage: Name of the stage, which is also that of its section.
-    score: Scores a batch of responses; see oracles.make_oracle. None, for a plan: the
-      reward model, or a stand-in for an oracle on the host.
+    score: Scores a batch of responses; see oracles.make_oracle. None for a plan.
     sampler: Samples the responses; None for the devices.
   """
   config = run.config[stage]
@@ -116,15 +117,13 @@ def make_job(
     "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
-  has_reward_oracle = config.oracle.kind == "reward"
-  if has_reward_oracle:
+  has_reward_model = oracles.needs_reward_model(run.config, config.oracle)
+  if has_reward_model:
     frozen["reward"] = role_params.load_reward_model(run)
     rows = sampled_prompts * config.samples
     passes["score"] = [workloads.make_reward_pass(run, rows, time)]
   if score is None:
-    score = _score_on_host
-    if has_reward_oracle:
-      score = jax.jit(oracles.make_reward_oracle(run, config.oracle).score)
+    score = oracles.make_planned_score(run, has_reward_model)
   parts = MethodModels(policy=run.policy, score=score, sampler=sampler)
   ids = answering.get_token_ids(run)
   return common.make_training_job(
@@ -211,24 +210,19 @@ def _make_reference_hook(
 def workload(run: Run, stage: str) -> Workload:
   """Returns the workload of a stage of GRPO."""
   config, job = run.config[stage], make_job(run, stage)
-  time = sum(get_row_lengths(run.config, stage))
   return common.make_training_workload(
     run,
     stage,
     job,
-    first=_make_judge_functions(run, config, time),
+    first=_make_judge_functions(run, config),
     rows=count_sampled_prompts(config),
   )
 
 
-def _make_judge_functions(
-  run: Run, config: ConfigDict, time: int
-) -> list[DeviceFunction]:
+def _make_judge_functions(run: Run, config: ConfigDict) -> list[DeviceFunction]:
   """Returns the device functions of an oracle that scores on the host."""
   oracle, prompts = config.oracle, count_sampled_prompts(config)
   rows = prompts * config.samples
-  if oracle.kind == "reward_rank":
-    return [workloads.make_score_function(run, time, rows)]
   if oracle.judge == "endpoint":
     return []
   queries = {
@@ -249,6 +243,7 @@ STAGES = (
     run=train,
     check=check,
     steps="steps",
+    reads=list_reward_sections,
     workload=workload,
     trains_policy=True,
     has_rollouts=True,

@@ -1,4 +1,7 @@
-"""Builds the oracle that a config selects: it scores or ranks groups of responses."""
+"""Builds the oracle that a config selects: it scores or ranks groups of responses.
+
+The kinds "reward" and "reward_rank" combine the terms of the section `reward`.
+"""
 
 import functools
 import pathlib
@@ -6,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import (
   UserError,
   check_at_least,
@@ -23,12 +28,16 @@ from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import endpoint, generative_rm, rankers, rewards
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn
 from vlmrlaif_jax.feedback.rewards import ScoreFn
-from vlmrlaif_jax.runtime import answering, role_params, scoring
+from vlmrlaif_jax.feedback.terms import scorer
+from vlmrlaif_jax.feedback.terms.sample import Sample
+from vlmrlaif_jax.feedback.terms.scorer import RewardScores
+from vlmrlaif_jax.runtime import answering, rewarding, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 
 ORACLE_KINDS = ("reward", "reward_rank", "list", "pairs", "truth", "grm", "verdict")
 # Kinds that return scores; the others return ranks.
 SCORE_KINDS = ("reward", "grm", "verdict")
+REWARD_KINDS = ("reward", "reward_rank")  # Kinds that read the section `reward`.
 PROMPTED_KINDS = ("list", "pairs", "grm")  # Kinds that prompt a judge.
 ORACLE_CHOICES = {
   "kind": ORACLE_KINDS,
@@ -47,15 +56,17 @@ class Oracle(NamedTuple):
   get_metrics: Callable[[], dict[str, float]] = dict
   # Replies of the judge about an example's responses in the last batch.
   list_replies: Callable[[Example], list[str]] = lambda example: []
-  # Splits scores into terms: info of `collect` -> terms with the sum of the scores.
-  terms: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda info: {}
+  # Parts of the scores of the last batch by term; their sum is the score.
+  get_terms: Callable[[], Mapping[str, np.ndarray]] = dict
+  # Returns the rewards to report for the scores of groups, if they are ranks.
+  report: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def default_config() -> ConfigDict:
   """Returns the default settings of an oracle."""
   return ConfigDict(
     dict(
-      # "reward": scores of the reward model; "reward_rank": ranks by the reward model;
+      # "reward": scores by the section `reward`; "reward_rank": ranks by these scores;
       # "list": a judge ranks a group; "pairs": a judge compares all pairs of a group;
       # "truth": ranks by the ground truth of the embedded world; "grm": a generative
       # reward model scores all pairs of a group; "verdict": whether the verdict of a
@@ -65,8 +76,6 @@ def default_config() -> ConfigDict:
       prompt_len=256,  # Tokens of a prompt of the judge "self".
       max_new=12,  # Tokens of a reply of the judge "self".
       batch=64,  # Queries per batch.
-      stop_penalty=-1.0,  # Added to the score of "reward" for a response without EOS.
-      length_coef=0.0,  # Coefficient of length / response_len in "reward"; 0 disables.
       noise=0.0,  # Share of responses with shuffled ranks, for studies; 0 disables.
       # Stage of the judge "grm": "grm", "grm_sft" or "sft" (untrained).
       grm_stage="grm",
@@ -106,9 +115,11 @@ def make_oracle(
     examples: Examples that frozen["example_ids"] indexes.
     folder: Folder of the stage. Replies of an endpoint are saved in its parent.
   """
-  if config.kind == "reward":
-    oracle = make_reward_oracle(run, config)
-    return oracle._replace(score=jax.jit(oracle.score))
+  if config.kind in REWARD_KINDS:
+    oracle = make_reward_oracle(run, examples, folder)
+    if config.kind == "reward_rank":
+      oracle = _rank_rewards(run, config, oracle, examples)
+    return oracle
   ask: AskFn = lambda queries: []
   get_server_metrics: Callable[[], dict[str, float]] = dict
   if config.kind in PROMPTED_KINDS:
@@ -126,7 +137,10 @@ def make_oracle(
   compute_metrics = TRANSCRIPT_METRICS.get(config.kind, lambda last: {})
   list_replies = functools.partial(_format_replies, calls)
   get_metrics = lambda: compute_metrics(compare.result) | get_server_metrics()
-  return Oracle(score, get_metrics, list_replies)
+  oracle = Oracle(score, get_metrics, list_replies)
+  if config.kind in SCORE_KINDS:
+    return oracle
+  return oracle._replace(report=rankers.compute_win_rates)
 
 
 class _CallRecorder:
@@ -173,27 +187,103 @@ TRANSCRIPT_METRICS: dict[str, Callable[[rankers.Comparison], dict[str, float]]] 
 }
 
 
-def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
-  """Returns the oracle of the reward model's scores; see rewards.make_reward_fn.
+class _RewardScorer:
+  """Scores batches by the section `reward`, and stores the result of the last one.
 
-  `config` is a section with stop_penalty and length_coef.
+  The reward model is one jitted call. Other terms are computed on the host.
   """
-  rules = dict(
-    penalty=config.stop_penalty,
-    length_coef=config.length_coef,
-    max_response_len=run.config.data.response_len,
-  )
+
+  def __init__(self, run: Run, examples: Sequence[Example], folder: pathlib.Path):
+    self.last: RewardScores
+    self._run, self._examples, self._folder = run, examples, folder
+    self._terms = scorer.load_terms(run.config.reward, folder.parent / "endpoint.jsonl")
+    self._has_failed = False
+    self._score_by_model = make_model_scorer(run)
+
+  def __call__(self, frozen: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
+    model_scores = None
+    if scorer.has_model_term(self._run.config.reward):
+      computed, _ = self._score_by_model(frozen, batch)
+      model_scores = distributed.fetch_arrays(computed)
+    tokens, mask = distributed.fetch_arrays((batch.tokens, batch.loss_mask))
+    indices = np.asarray(frozen["example_ids"])
+    group = len(tokens) // len(indices)
+    examples = [self._examples[i] for i in np.repeat(indices, group)]
+    samples = rewarding.make_batch_samples(self._run, examples, tokens, mask)
+    config = self._run.config.reward
+    self.last = scorer.score_samples(
+      config, self._terms, samples, model_scores, group=group
+    )
+    self._note_failures(samples, scorer.raise_if_invalid(config, samples, self.last))
+    return self.last.scores.astype(np.float32), self.last.valid
+
+  def _note_failures(self, samples: Sequence[Sample], line: str) -> None:
+    """Logs the invalid samples; the first traceback is also saved."""
+    if line and not self._has_failed:
+      self._has_failed = True
+      path = self._folder / "first_reward_failure.txt"
+      distributed.on_process_zero(lambda: path.write_text(f"{line}\n"))
+    if line:
+      distributed.print_once(line.splitlines()[0])
+
+
+def make_model_scorer(run: Run) -> ScoreFn:
+  """Returns the jitted scorer of the reward model alone."""
   suffix = scoring.encode_reward_prompt(run)
-  terms = lambda info: rewards.split_reward_terms(
-    np.asarray(info["scores"]),
-    np.asarray(info["loss_mask"]).sum(axis=1),
-    np.asarray(info["has_stop"]),
-    **rules,
+  return jax.jit(rewards.make_model_score(run.reward_model, suffix))
+
+
+def needs_reward_model(config: ConfigDict, oracle: ConfigDict) -> bool:
+  """Returns whether an oracle of a config reads the trained reward model."""
+  return oracle.kind in REWARD_KINDS and scorer.has_model_term(config.reward)
+
+
+def make_planned_score(run: Run, has_reward_model: bool) -> ScoreFn:
+  """Returns the part of a score that runs on the devices, for the planner."""
+  return make_model_scorer(run) if has_reward_model else _return_zeros
+
+
+def _return_zeros(frozen, batch):
+  rows = len(batch.tokens)
+  return jnp.zeros(rows), jnp.ones(rows, bool)
+
+
+def make_reward_oracle(
+  run: Run, examples: Sequence[Example], folder: pathlib.Path
+) -> Oracle:
+  """Returns the oracle that combines the terms of the section `reward`.
+
+  It reads frozen["reward"] if the reward model is one of the terms.
+  """
+  score = _RewardScorer(run, examples, folder)
+  return Oracle(
+    score,
+    get_metrics=lambda: scorer.compute_term_metrics(score.last),
+    get_terms=lambda: score.last.weighted,
   )
-  score = rewards.make_reward_fn(
-    run.reward_model, suffix=suffix, stops=run.stops, **rules
-  )
-  return Oracle(score, terms=terms)
+
+
+def _rank_rewards(
+  run: Run, config: ConfigDict, oracle: Oracle, examples: Sequence[Example]
+) -> Oracle:
+  """Returns an oracle that ranks by the scores of another one."""
+  decode = functools.partial(tokenization.decode_responses, run.tokenizer)
+
+  def score(frozen: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
+    scores, valid = oracle.score(frozen, batch)
+    known = np.where(valid, scores, np.nan)
+    compare = _add_noise(run, config, rankers.score_ranker(lambda *_: known))
+    return rankers.make_score_fn(compare, examples, decode, stops=())(frozen, batch)
+
+  return oracle._replace(score=score, get_terms=dict, report=rankers.compute_win_rates)
+
+
+def _add_noise(
+  run: Run, config: ConfigDict, ranker: rankers.CompareFn
+) -> rankers.CompareFn:
+  if not config.noise:
+    return ranker
+  return rankers.noisy_ranker(ranker, share=config.noise, seed=run.config.seed)
 
 
 def _make_compare_fn(
@@ -211,18 +301,11 @@ def _make_compare_fn(
     return generative_rm.compare_in_pairs(ask, style, both_orders=config.both_orders)
   if config.kind == "truth":
     ranker = rankers.truth_ranker(truth.count_answer_mistakes)
-  elif config.kind == "reward_rank":
-    variables = role_params.load_reward_model(run)
-    ranker = rankers.score_ranker(
-      functools.partial(scoring.score_texts, run, variables)
-    )
   elif config.kind == "list":
     ranker = rankers.listwise_ranker(ask)
   else:
     ranker = rankers.pairwise_ranker(ask, run.prompts)
-  if config.noise:
-    ranker = rankers.noisy_ranker(ranker, share=config.noise, seed=run.config.seed)
-  return ranker
+  return _add_noise(run, config, ranker)
 
 
 def _make_local_ask_fn(run: Run, config: ConfigDict) -> AskFn:

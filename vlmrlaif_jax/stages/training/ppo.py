@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import MethodModels, RemoteSampler
+from vlmrlaif_jax.feedback.rewards import ScoreFn
+from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.methods import ppo as method
 from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
@@ -34,6 +36,18 @@ def check(config: ConfigDict) -> None:
     method.check(config.ppo)
     rollouts.check(config.ppo)
     check_choices(config.ppo, {"critic_head": role_params.CRITIC_HEADS})
+    if config.ppo.critic_head == "reward" and not scorer.has_model_term(config.reward):
+      raise ValueError(
+        "critic_head='reward' requires the head of a reward model, but reward.terms "
+        "has none: set --config.ppo.critic_head=zero"
+      )
+  with user_errors("reward"):
+    scorer.check(config.reward)
+    if config.reward.combine == "group":
+      raise ValueError(
+        "combine='group' normalizes within groups, which PPO does not have: set "
+        "--config.reward.combine=sum"
+      )
 
 
 def get_batch_rows(config: ConfigDict) -> dict[str, RowSplit]:
@@ -48,16 +62,25 @@ def get_batch_rows(config: ConfigDict) -> dict[str, RowSplit]:
   }
 
 
-def make_job(run: Run, stage: str, sampler: RemoteSampler | None = None) -> TrainingJob:
+def make_job(
+  run: Run,
+  stage: str,
+  score: ScoreFn | None = None,
+  sampler: RemoteSampler | None = None,
+) -> TrainingJob:
   """Returns the job that trains the policy's LoRA and the critic.
 
   Args:
     run: The run.
     stage: Name of the stage.
+    score: Scores a batch of responses; see oracles.make_reward_oracle. None for a plan.
     sampler: Samples the responses; None for the devices.
   """
   config, data = run.config.ppo, run.config.data
-  params, frozen = role_params.make_ppo_roles(run, config.critic_head)
+  has_reward_model = scorer.has_model_term(run.config.reward)
+  params, frozen = role_params.make_ppo_roles(
+    run, config.critic_head, has_reward_model=has_reward_model
+  )
   prompts, start, max_new = config.batch_size, data.prompt_len, data.response_len
   rows, time = prompts * config.samples, start + max_new
   sampling = answering.SamplingSettings(start, max_new, prompts, samples=config.samples)
@@ -65,10 +88,13 @@ def make_job(run: Run, stage: str, sampler: RemoteSampler | None = None) -> Trai
     workloads.make_model_pass, run, time=time, config=config, start=start
   )
   update_rows = rows // config.minibatches
-  score = oracles.make_reward_oracle(run, config).score
   parts = MethodModels(
-    policy=run.policy, critic=run.reward_model, score=score, sampler=sampler
+    policy=run.policy,
+    critic=run.reward_model,
+    score=score or oracles.make_planned_score(run, has_reward_model),
+    sampler=sampler,
   )
+  scored = [workloads.make_reward_pass(run, rows, time)] if has_reward_model else []
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,
@@ -81,7 +107,7 @@ def make_job(run: Run, stage: str, sampler: RemoteSampler | None = None) -> Trai
       "sample": workloads.make_sampling_passes(
         run, prompts, sampling, slots=config.slots
       ),
-      "score": [workloads.make_reward_pass(run, rows, time)],
+      "score": scored,
       "prepare_rollout": [
         make_pass("forward", each, rows) for each in ("policy", "ref", "critic")
       ],
@@ -91,19 +117,22 @@ def make_job(run: Run, stage: str, sampler: RemoteSampler | None = None) -> Trai
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
-  """Trains policy and critic with the reward model."""
+  """Trains policy and critic on the reward that the section `reward` gives."""
   config, prompts = run.config.ppo, run.splits.prompts
   examples, rows, problems = common.tokenize_for_stage(
     run, "ppo", prompts, log, answered=False
   )
-  oracle = oracles.make_reward_oracle(run, config)
-  record = rollouts.make_recorder(
-    run, config, examples, log, oracle, prompts=config.batch_size
-  )
+  oracle = oracles.make_reward_oracle(run, examples, folder)
+  size = config.batch_size
+  # The oracle needs the examples of the batch.
+  before = lambda step, params: {
+    "example_ids": common.batch_indices(run, len(examples), size, step)
+  }
+  record = rollouts.make_recorder(run, config, examples, log, oracle, prompts=size)
   sampler = rollouts.make_sampler(run, config, run.config.data.response_len, folder)
-  job = make_job(run, stage, sampler)._replace(
-    data=common.make_example_batch_fn(run, examples, rows, config.batch_size),
-    hooks=Hooks(after_step=record),
+  job = make_job(run, stage, oracle.score, sampler)._replace(
+    data=common.make_example_batch_fn(run, examples, rows, size),
+    hooks=Hooks(before, record),
   )
   common.fit_stage(run, log, job)
   return {"prompts": len(examples), "left_out": len(problems)}
@@ -122,6 +151,7 @@ STAGES = (
     run=train,
     check=check,
     steps="steps",
+    reads=lambda config: ("reward",),
     batches=get_batch_rows,
     workload=workload,
     trains_policy=True,

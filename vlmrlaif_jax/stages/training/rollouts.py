@@ -16,10 +16,10 @@ from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.runtime import answering, server_sampler, video
+from vlmrlaif_jax.runtime import answering, video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS
-from vlmrlaif_jax.stages.training import common, oracles
+from vlmrlaif_jax.stages.training import common, oracles, server_sampler
 
 # Entries of the info of `collect` that samples need.
 ROLLOUT_COLUMNS = (
@@ -118,7 +118,7 @@ def make_sample_rows(
 
   The first row of an example contains the judge's replies about its responses.
   """
-  parts, info, rows = oracle.terms(sampled.info), sampled.info, []
+  parts, info, rows = oracle.get_terms(), sampled.info, []
   for i, example in enumerate(sampled.examples):
     is_first = i == 0 or sampled.examples[i - 1] is not example
     replies = oracle.list_replies(example) if is_first else []
@@ -163,6 +163,13 @@ def make_recorder(
 
   def record(step: int, data: Any, info: Mapping[str, Any]) -> dict[str, float]:
     columns = distributed.fetch_arrays({name: info[name] for name in ROLLOUT_COLUMNS})
+    reported = {}
+    if oracle.report:
+      groups = columns["scores"].reshape(-1, config.samples)
+      columns["scores"] = oracle.report(groups).reshape(-1)
+      # It replaces the mean of the ranks.
+      mean = np.mean(columns["scores"], where=columns["valid"])
+      reported["reward"] = float(mean)
     tokens, mask = columns["tokens"], columns["loss_mask"]
     texts = tokenization.decode_responses(run.tokenizer, tokens, mask)
     indices = common.batch_indices(run, len(examples), prompts, step)
@@ -174,6 +181,6 @@ def make_recorder(
     sampled = StepSamples(step_examples, texts, mistakes, columns)
     if should_log_samples(config, step):
       log.write_samples(step + 1, make_sample_rows(run, sampled, oracle))
-    return compute_accuracy(sampled) | oracle.get_metrics()
+    return compute_accuracy(sampled) | oracle.get_metrics() | reported
 
   return record

@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.interrupts import Stopped
 from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.vlm import VLM
-from vlmrlaif_jax.runtime import server_sampler
+from vlmrlaif_jax.stages.training import server_sampler
 
 TOKENS = [[7, 9, 2], [8] * NEW, [2], [5, 2]]  # Of each sample.
 

@@ -1,0 +1,1 @@
+"""Terms of a reward: samples, functions, built-in rules and their combination."""

@@ -1,0 +1,239 @@
+"""The score of a response: a combination of the terms of the section `reward`."""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.core.errors import (
+  UserError,
+  check_at_least,
+  check_choices,
+  subsection,
+)
+from vlmrlaif_jax.feedback.terms import functions, servers
+from vlmrlaif_jax.feedback.terms.functions import Limits
+from vlmrlaif_jax.feedback.terms.rules import REWARD_RULES
+from vlmrlaif_jax.feedback.terms.sample import Sample
+
+REWARD_MODEL = "reward_model"  # Term that the trained reward model computes.
+JUDGE = "judge"  # Term that a judge on a server computes.
+EPSILON = 1e-4  # Added to the deviation of a group, as in GRPO.
+MAX_IDS = 5  # Ids of invalid samples in a message.
+
+
+def default_config() -> ConfigDict:
+  """Returns the settings of the section `reward`."""
+  return ConfigDict(
+    dict(
+      # Terms by name. A term is "FILE.py:FUNCTION", "PACKAGE.MODULE:FUNCTION" or a
+      # built-in name as "fn" (by default the name of the term), with its "weight" (0
+      # disables it) and the arguments "kwargs" of the function.
+      terms=dict(
+        # Score of the trained reward model.
+        reward_model=dict(fn=REWARD_MODEL, weight=1.0),
+        # 1 for a response without EOS, so that a weight below 0 is a penalty.
+        stop=dict(fn="stop", weight=-1.0),
+        # Tokens of the response / data.response_len.
+        length=dict(fn="length", weight=0.0),
+      ),
+      # "sum" of the weighted terms, or "group": each term is first normalized within
+      # its group of responses (GDPO, 2601.05242), for GRPO only.
+      combine="sum",
+      concurrency=8,  # Concurrent calls of an async function, per process.
+      timeout_s=60.0,  # Seconds of a call: a sample, or a batch without async.
+      max_invalid=0.5,  # Share of a batch's invalid samples above which a run stops.
+    )
+  )
+
+
+class Term(NamedTuple):
+  """A term of the reward."""
+
+  name: str
+  weight: float
+  # Function of samples; None for a term that the caller computes.
+  function: Callable[[Sequence[Sample]], Any] | None
+  # Whether the function divides the samples among the processes by itself.
+  is_distributed: bool = False
+
+
+class RewardScores(NamedTuple):
+  """Scores of responses, and the terms that they are combined from."""
+
+  scores: Float[np.ndarray, " rows"]  # Undefined where not valid.
+  valid: Bool[np.ndarray, " rows"]
+  raw: dict[str, Float[np.ndarray, " rows"]]  # Values by term; NaN where invalid.
+  weighted: dict[str, Float[np.ndarray, " rows"]]  # Parts whose sum is the score.
+  failures: dict[str, str]  # Reason of each term's first invalid sample.
+
+
+def load_terms(config: ConfigDict, cache: pathlib.Path) -> list[Term]:
+  """Loads the functions of all terms with a weight.
+
+  Args:
+    config: The section `reward`.
+    cache: JSONL file of replies of judges.
+
+  Raises:
+    ValueError: A setting of a term is invalid. The message starts with its name.
+  """
+  builtin: dict[str, Callable[..., Any]] = {
+    REWARD_MODEL: _raise_not_computed,
+    JUDGE: _raise_not_computed,
+    "endpoint": servers.request_rewards,
+    **REWARD_RULES,
+  }
+  terms = []
+  for name, settings in config.terms.items():
+    with subsection(f"terms.{name}"):
+      if unknown := set(settings) - {"fn", "weight", "kwargs"}:
+        raise ValueError(
+          f"{unknown.pop()} is no setting of a term: give fn, weight and kwargs"
+        )
+      weight, text = float(settings.get("weight", 1.0)), settings.get("fn", name)
+      if not weight:
+        continue
+      kwargs = settings.get("kwargs", ConfigDict()).to_dict()
+      if text == JUDGE:
+        judge = servers.make_judge_term(kwargs, cache)
+        terms.append(Term(name, weight, judge, is_distributed=True))
+        continue
+      loaded = functions.load_function(text, builtin)
+      function = functions.bind_arguments(loaded, text, kwargs)
+      terms.append(Term(name, weight, None if text == REWARD_MODEL else function))
+  return terms
+
+
+def _raise_not_computed(samples: Sequence[Sample]) -> list[float | None]:
+  raise ValueError("the scorer computes this term, not a function")
+
+
+def check(config: ConfigDict) -> None:
+  """Checks the section `reward`, and loads the functions of its terms.
+
+  Raises:
+    ValueError: A value is invalid. The message starts with the setting's name.
+  """
+  check_choices(config, {"combine": COMBINATIONS})
+  check_at_least(config, {"concurrency": 1, "timeout_s": 0, "max_invalid": 0})
+  if not load_terms(config, pathlib.Path("no_such_folder", "replies.jsonl")):
+    raise ValueError(
+      "terms has no term with a weight: give one, or set terms.reward_model.weight=1"
+    )
+
+
+def has_model_term(config: ConfigDict) -> bool:
+  """Returns whether the section `reward` has a term of the reward model."""
+  return any(
+    settings.get("fn", name) == REWARD_MODEL and settings.get("weight", 1.0)
+    for name, settings in config.terms.items()
+  )
+
+
+def score_samples(
+  config: ConfigDict,
+  terms: Sequence[Term],
+  samples: Sequence[Sample],
+  model_scores: Float[np.ndarray, " rows"] | None,
+  *,
+  group: int = 1,
+) -> RewardScores:
+  """Scores responses by all terms. Every process must call it.
+
+  Args:
+    config: The section `reward`.
+    terms: Terms of `load_terms`.
+    samples: The responses, those of one prompt adjacent.
+    model_scores: Scores of the reward model; None without such a term.
+    group: Responses per prompt.
+  """
+  raw: dict[str, np.ndarray] = {}
+  failures: dict[str, str] = {}
+  limits = Limits(config.concurrency, config.timeout_s)
+  for name, _, function, is_distributed in terms:
+    if function is None:
+      raw[name] = np.asarray(model_scores, float)
+      reasons = [f"the score is {x}" if not np.isfinite(x) else "" for x in raw[name]]
+    else:
+      if is_distributed:
+        outcomes = functions.read_values(function(samples), len(samples))
+      else:
+        outcomes = functions.call_function(function, samples, limits)
+      values = [np.nan if each.value is None else each.value for each in outcomes]
+      raw[name], reasons = np.array(values, float), [each.failure for each in outcomes]
+    if any(reasons):
+      failures[name] = next(filter(None, reasons))
+  weights = {term.name: term.weight for term in terms}
+  weighted = COMBINATIONS[config.combine](raw, weights, group)
+  scores = np.sum(list(weighted.values()), axis=0)
+  return RewardScores(scores, np.isfinite(scores), raw, weighted, failures)
+
+
+def raise_if_invalid(
+  config: ConfigDict, samples: Sequence[Sample], result: RewardScores
+) -> str:
+  """Returns a line about the invalid samples of a batch, "" without any.
+
+  Raises:
+    UserError: Their share is above `max_invalid`, or no sample is valid. The message
+      has the first reason of each term that failed.
+  """
+  invalid = [s.id for s, valid in zip(samples, result.valid, strict=True) if not valid]
+  if not invalid:
+    return ""
+  ids = [*dict.fromkeys(invalid)]
+  more = f" and {len(ids) - MAX_IDS} more" if len(ids) > MAX_IDS else ""
+  counts = {name: int((~np.isfinite(x)).sum()) for name, x in result.raw.items()}
+  by_term = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+  line = (
+    f"reward: {len(invalid)} of {len(samples)} samples have no score ({by_term}), of "
+    f"the records {', '.join(ids[:MAX_IDS])}{more}"
+  )
+  reasons = "\n".join(f"{k}: {text.rstrip()}" for k, text in result.failures.items())
+  if len(invalid) > config.max_invalid * len(samples) or not result.valid.any():
+    raise UserError(
+      f"{line}; more than --config.reward.max_invalid={config.max_invalid}. Correct "
+      f"the terms, or raise it. The first failure of each term:\n{reasons}"
+    )
+  return f"{line}. The first failure of each term:\n{reasons}"
+
+
+def compute_term_metrics(result: RewardScores) -> dict[str, float]:
+  """Computes means over valid samples: "terms/NAME" and "terms/NAME/weighted"."""
+  metrics = {}
+  for name in result.raw:
+    for key, values in (("", result.raw), ("/weighted", result.weighted)):
+      finite = values[name][np.isfinite(values[name])]
+      metrics[f"terms/{name}{key}"] = float(finite.mean()) if len(finite) else np.nan
+  return metrics
+
+
+def _weigh_terms(
+  raw: Mapping[str, Float[np.ndarray, " rows"]],
+  weights: Mapping[str, float],
+  group: int,
+) -> dict[str, Float[np.ndarray, " rows"]]:
+  return {name: weights[name] * values for name, values in raw.items()}
+
+
+def _weigh_normalized_terms(
+  raw: Mapping[str, Float[np.ndarray, " rows"]],
+  weights: Mapping[str, float],
+  group: int,
+) -> dict[str, Float[np.ndarray, " rows"]]:
+  """Returns weight * (value - mean) / (deviation + EPSILON), by group and term."""
+  weighted = {}
+  for name, values in raw.items():
+    rows = values.reshape(-1, group)
+    count = np.isfinite(rows).sum(axis=1, keepdims=True)
+    centered = rows - np.nansum(rows, axis=1, keepdims=True) / np.maximum(count, 1)
+    variance = np.nansum(centered**2, axis=1, keepdims=True) / np.maximum(count - 1, 1)
+    weighted[name] = (weights[name] * centered / (np.sqrt(variance) + EPSILON)).ravel()
+  return weighted
+
+
+COMBINATIONS = {"sum": _weigh_terms, "group": _weigh_normalized_terms}

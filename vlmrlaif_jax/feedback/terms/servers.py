@@ -1,0 +1,115 @@
+"""Terms that servers compute: a judge with OpenAI's API, and a reward server."""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import httpx
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.core.errors import check_at_least, subsection
+from vlmrlaif_jax.feedback import endpoint
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
+from vlmrlaif_jax.feedback.replies.scores import parse_score
+from vlmrlaif_jax.feedback.terms.sample import Sample
+
+JUDGE_PROMPT = (
+  "You are given a question about a video and a response to it. Rate the response from "
+  "0 to {high}: is it accurate, and does it help? Be strict.\n"
+  "Question: {question}\nResponse: {response}\n"
+  'Write the rating as {{"score": 7}}.'
+)
+
+
+async def request_rewards(
+  samples: Sequence[Sample], *, url: str, key_env: str = "", retries: int = 3
+) -> list[float | None]:
+  """Sends each sample to a reward server, whose reply is {"score": 0.5} or null.
+
+  A request has the fields id, prompt, response, answer and record as JSON.
+
+  Args:
+    samples: Responses.
+    url: URL of the server.
+    key_env: Environment variable of a key that is sent as a bearer token; "" for none.
+    retries: Retries of a failed connection.
+  """
+  headers = {"Authorization": f"Bearer {os.environ[key_env]}"} if key_env else {}
+  transport = httpx.AsyncHTTPTransport(retries=retries)
+  async with httpx.AsyncClient(
+    headers=headers, timeout=None, transport=transport
+  ) as client:
+    scores = []
+    for sample in samples:
+      names = ("id", "prompt", "response", "answer", "record")
+      fields = {
+        name: value for name, value in sample._asdict().items() if name in names
+      }
+      reply = await client.post(url, json=fields)
+      reply.raise_for_status()
+      scores.append(reply.json()["score"])
+    return scores
+
+
+# The judge.
+
+
+def read_judge_settings(kwargs: Mapping[str, Any]) -> ConfigDict:
+  """Returns the settings of the term `judge`, after a check.
+
+  They are those of endpoint.default_config, the "prompt" with {question}, {response},
+  {answer} and {record}, the "high" score, and "sees_video".
+
+  Raises:
+    ValueError: A setting is unknown or wrong. The message starts with "kwargs.".
+  """
+  config = endpoint.default_config()
+  config.update(prompt=JUDGE_PROMPT, high=10, sees_video=True)
+  with subsection("kwargs"):
+    for name in sorted(set(kwargs) - set(config)):
+      raise ValueError(f"{name} must be one of {', '.join(sorted(config))}")
+    config.update(kwargs)
+    endpoint.check(config)
+    check_at_least(config, {"high": 1})
+    if "{response}" not in config.prompt:
+      raise ValueError(
+        "prompt must contain {response}, which the response replaces, not "
+        f"{config.prompt!r}"
+      )
+  return config
+
+
+def make_judge_term(
+  kwargs: Mapping[str, Any], cache: pathlib.Path
+) -> Callable[[Sequence[Sample]], list[float | None]]:
+  """Returns a function that scores samples from 0 to 1 by a judge on a server.
+
+  Every process must call it. Replies are cached by content, so none is paid for twice.
+  A reply without a score makes its sample invalid.
+
+  Args:
+    kwargs: See read_judge_settings.
+    cache: JSONL file of saved replies.
+  """
+  config = read_judge_settings(kwargs)
+  server = endpoint.Endpoint(config, cache)
+
+  def score(samples: Sequence[Sample]) -> list[float | None]:
+    replies = server.ask([_make_judge_query(config, sample) for sample in samples])
+    scores = [parse_score(reply or "", high=config.high) for reply in replies]
+    return [None if score is None else score / config.high for score in scores]
+
+  return score
+
+
+def _make_judge_query(config: ConfigDict, sample: Sample) -> JudgeQuery:
+  prompt = config.prompt.format(
+    question=sample.prompt,
+    response=sample.response,
+    answer=sample.answer,
+    record=sample.record,
+    high=config.high,
+  )
+  video = sample.video if config.sees_video else ()
+  return JudgeQuery(f"score:{sample.id}", video, prompt)
