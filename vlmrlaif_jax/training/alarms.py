@@ -176,13 +176,13 @@ RULES = {
   ),
   "length": AlarmRule(
     _check_length,
-    "read the samples; set reward.terms.length.weight against the length that the "
-    "reward favors, or raise kl_coef",
+    "read the samples; weight the term length in reward.terms against the length that "
+    "the reward favors, or raise kl_coef",
   ),
   "eos": AlarmRule(
     _check_eos,
-    "raise data.response_len, set reward.terms.stop.weight further below 0, or raise "
-    "kl_coef",
+    "raise data.response_len, weight the term stop in reward.terms further below 0, or "
+    "raise kl_coef",
   ),
   "truth": AlarmRule(
     _check_truth,
