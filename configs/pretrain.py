@@ -63,13 +63,13 @@ def make_qwen3_vl() -> ConfigDict:
   """Returns the config of a model in Qwen3-VL's layout; see make_llava."""
   config = make_recipe(
     make_phase(
-      steps=150, batch_size=48, length=96, learning_rate=1e-3, schedule="constant"
+      steps=200, batch_size=48, length=96, learning_rate=1e-3, schedule="constant"
     ),
     make_phase(
-      steps=250, batch_size=24, length=224, learning_rate=1e-3, schedule="constant"
+      steps=1000, batch_size=24, length=224, learning_rate=1e-3, schedule="constant"
     ),
     make_phase(
-      steps=200, batch_size=16, length=400, learning_rate=1e-3, schedule="cosine"
+      steps=260, batch_size=16, length=400, learning_rate=1e-3, schedule="cosine"
     ),
   )
   config.model = dict(

@@ -27,9 +27,10 @@ from vlmrlaif_jax.huggingface import (
 )
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import lora
-from vlmrlaif_jax.runtime import loading, role_params, server_sampler
+from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.serving import export_files, model_card
+from vlmrlaif_jax.stages.training import server_sampler
 
 # "merged": whole weights of a stage; "adapter": LoRA and projector in PEFT's format;
 # "decoder": the base's language model alone, for servers that sample responses.
