@@ -34,7 +34,7 @@ from vlmrlaif_jax.stages.training import server_sampler
 
 # "merged": whole weights of a stage; "adapter": LoRA and projector in PEFT's format;
 # "decoder": the base's language model alone, for servers that sample responses.
-KINDS = ("merged", "adapter", "decoder")
+EXPORT_KINDS = ("merged", "adapter", "decoder")
 
 
 def export_stage(
@@ -53,7 +53,7 @@ def export_stage(
     workdir: Workdir of the run.
     stage: Stage that trains the policy, or "rm". A decoder does not depend on it.
     out: Output folder, which must be empty or not exist.
-    kind: One of KINDS.
+    kind: One of EXPORT_KINDS.
     dtype: Dtype of merged weights. LoRA and heads are always float32.
     base_model: Hub id of the base, for the model card. None omits it.
     note: Receives progress lines.
@@ -62,8 +62,8 @@ def export_stage(
     UserError: The stage has not run, or files of the base cannot be exported.
     ValueError: `kind` is not valid, `out` is not empty, or `base_model` is no Hub id.
   """
-  if kind not in KINDS:
-    raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")
+  if kind not in EXPORT_KINDS:
+    raise ValueError(f"--kind must be one of {', '.join(EXPORT_KINDS)}, got {kind!r}")
   root, folder = pathlib.Path(workdir), pathlib.Path(out)
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty. Remove it, or set another --out.")
@@ -107,10 +107,10 @@ def write_decoder(folder: pathlib.Path, source: pathlib.Path, dtype: str) -> Non
     dtype: Dtype of the written tensors.
 
   Raises:
-    UserError: Servers do not decode the model from embeddings; see check_decoder.
+    UserError: Servers do not decode the model from embeddings; see check_servable.
   """
   model, variables, config = convert.load_checkpoint(source, dtype=dtype)
-  server_sampler.check_decoder(model)
+  server_sampler.check_servable(model)
   text = config["text_config"]
   kind = text["model_type"]
   table = checkpoint_layouts.DECODER_FAMILIES[kind].HF

@@ -154,4 +154,4 @@ def test_another_address_is_used_if_the_user_allows_it():
 def test_positions_with_axes_are_refused():
   llm = llama.Model(**llama.VARIANTS["tiny"], mrope=(2, 1, 1))
   with pytest.raises(UserError, match="rollout.engine=jax"):
-    server_sampler.check_decoder(VLM(load()[0].vision, load()[0].projector, llm))
+    server_sampler.check_servable(VLM(load()[0].vision, load()[0].projector, llm))

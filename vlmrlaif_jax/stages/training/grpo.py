@@ -160,7 +160,7 @@ def train_groups(
   )
   oracle = oracles.make_oracle(run, config.oracle, examples, folder)
   max_new = get_row_lengths(run.config, stage)[1]
-  sampler = rollouts.make_sampler(run, config, max_new, folder)
+  sampler = rollouts.make_rollout_sampler(run, config, max_new, folder)
   job = make_job(run, stage, oracle.score, sampler)
   refresh: Callable[[int, Params], Params] = lambda step, params: {}
   if config.kl_anchor == "epoch_start":

@@ -129,7 +129,9 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
     "example_ids": common.batch_indices(run, len(examples), size, step)
   }
   record = rollouts.make_recorder(run, config, examples, log, oracle, prompts=size)
-  sampler = rollouts.make_sampler(run, config, run.config.data.response_len, folder)
+  sampler = rollouts.make_rollout_sampler(
+    run, config, run.config.data.response_len, folder
+  )
   job = make_job(run, stage, oracle.score, sampler)._replace(
     data=common.make_example_batch_fn(run, examples, rows, size),
     hooks=Hooks(before, record),

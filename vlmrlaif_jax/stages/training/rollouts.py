@@ -55,7 +55,7 @@ def check(config: ConfigDict) -> None:
     )
 
 
-def make_sampler(
+def make_rollout_sampler(
   run: Run, config: ConfigDict, max_new: int, folder: pathlib.Path
 ) -> server_sampler.ServerSampler | None:
   """Returns the sampler of a stage's servers; None if the devices sample.

@@ -37,7 +37,7 @@ from vlmrlaif_jax.sampling.generate import SampledResponses, join_responses
 
 ENGINES = ("jax", "vllm")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-MAX_WAIT_S = 5.0  # Longest wait before a server that failed is tried again.
+LONGEST_WAIT_S = 5.0  # Longest wait before a server that failed is tried again.
 
 
 def default_config() -> ConfigDict:
@@ -82,7 +82,7 @@ def check(config: ConfigDict) -> None:
       )
 
 
-def check_decoder(model: VLM) -> None:
+def check_servable(model: VLM) -> None:
   """Checks that a server can decode a model from embeddings and plain positions.
 
   Raises:
@@ -130,7 +130,7 @@ class _Server:
     """Leaves the server alone for a time that doubles with each failure in turn."""
     self.adapter = ""  # It may have restarted.
     self.failures += 1
-    self.retry_at = time.monotonic() + min(0.25 * 2**self.failures, MAX_WAIT_S)
+    self.retry_at = time.monotonic() + min(0.25 * 2**self.failures, LONGEST_WAIT_S)
 
 
 class ServerSampler:
@@ -158,7 +158,7 @@ class ServerSampler:
         "rollout.engine=vllm runs in one process: set rollout.engine=jax, or start the "
         "run without --processes"
       )
-    check_decoder(policy)
+    check_servable(policy)
     self._config, self._policy, self._settings = config, policy, settings
     self._folder = folder.resolve()
     shutil.rmtree(self._folder, ignore_errors=True)  # Of a run that was killed.
@@ -192,7 +192,7 @@ class ServerSampler:
     """
     self._count += 1
     adapter = self._folder / f"policy-{self._run}-{self._count}"
-    write_adapter(adapter, params["policy"]["lora"]["llm"], self._policy)
+    write_decoder_adapter(adapter, params["policy"]["lora"]["llm"], self._policy)
     prompts, embeddings = self._embed(params, frozen, prompts)
     rows, mask = jax.device_get((embeddings, prompts.mask))
     seeds = jax.random.randint(key, (len(rows),), 0, 2**31 - 1).tolist()
@@ -340,7 +340,7 @@ def _explain(url: str, error: openai.APIStatusError) -> str:
   )
 
 
-def write_adapter(folder: pathlib.Path, lora: Params, policy: VLM) -> None:
+def write_decoder_adapter(folder: pathlib.Path, lora: Params, policy: VLM) -> None:
   """Writes the LoRA of a policy as an adapter of its text model.
 
   Args:
