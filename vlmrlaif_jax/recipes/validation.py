@@ -56,6 +56,8 @@ ROUND_STAGE = "round"
 def list_stages(config: ConfigDict) -> list[str]:
   """Returns the names of a recipe's stages, with ROUND_STAGE expanded.
 
+  Stages that are not needed are left out; see Stage.is_needed.
+
   Raises:
     UserError: The recipe names a stage that does not exist.
   """
@@ -68,7 +70,7 @@ def list_stages(config: ConfigDict) -> list[str]:
       known = ", ".join((*load_stages(), ROUND_STAGE))
       raise UserError(f"--config.stages must be of {known}, not {stage!r}")
     names += _list_round_stages(config) if stage == ROUND_STAGE else [stage]
-  return names
+  return [name for name in names if get_stage(name).is_needed(config)]
 
 
 def _list_round_stages(config: ConfigDict) -> list[str]:

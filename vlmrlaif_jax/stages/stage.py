@@ -66,6 +66,9 @@ class Stage(NamedTuple):
   steps: str = ""
   # Total of the progress line of a stage that does not train.
   total_steps: Callable[[Run], int] = lambda run: 0
+  # Whether other stages of the recipe use its results. A recipe skips a stage that is
+  # not needed.
+  is_needed: Callable[[ConfigDict], bool] = lambda config: True
   # Other sections of the config that the stage reads.
   reads: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ()
   # Batches by the setting that gives their size, with the batch of the update last. The

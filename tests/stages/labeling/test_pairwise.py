@@ -7,7 +7,8 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from configs import front
+from configs import dpo, front, grm, label, ppo
+from tests.feedback.chat_server import Chat
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
@@ -16,6 +17,7 @@ from vlmrlaif_jax.data.processors.llava import LlavaProcessor
 from vlmrlaif_jax.data.templates import MEDIA_MARK
 from vlmrlaif_jax.data.video import MediaList
 from vlmrlaif_jax.feedback.pairwise_judge import PAIR_OUTCOMES
+from vlmrlaif_jax.recipes import validation
 from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime.answering import VideoReply
@@ -383,3 +385,36 @@ def test_resumed_model_says_what_it_said(tiny_run, labelled):
   again = written(tiny_run)
   del whole["captions.jsonl"], again["captions.jsonl"]
   assert again == whole
+
+
+def test_a_server_judges_in_place_of_the_model(
+  tiny_run, labelled, tmp_path, httpserver, monkeypatch
+):
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+  chat = Chat(httpserver)
+  chat.judge = lambda prompt: "Output A is better because it is first."
+  config = tiny_run.config.copy_and_resolve_references()
+  config.label.judge = "endpoint"
+  config.label.endpoint.update(url=chat.url, model="m", key_env="")
+  pairwise.check(config)
+  run = tiny_run._replace(config=config, workdir=tmp_path)
+  rates = run_stage(run, run.base)
+  assert rates["order_inconsistent"] == rates["asked"] == labelled["asked"]
+  assert len(chat.requests) == 2 * rates["asked"]
+  assert (tmp_path / "endpoint.jsonl").exists()
+  seen = chat.requests[0][1]["messages"][0]["content"]
+  assert [part["type"] for part in seen].count("image_url") == 8
+
+
+def test_a_recipe_skips_the_labels_if_all_its_stages_have_preferences(tmp_path):
+  config = ppo.get_config()
+  assert "label" in validation.list_stages(config)
+  config.rm.preferences = str(tmp_path / "pairs.jsonl")
+  assert "label" not in validation.list_stages(config)
+  both = dpo.get_config()
+  both.dpo.preferences = config.rm.preferences
+  assert "label" not in validation.list_stages(both)
+  judge = grm.get_config()
+  judge.rm.preferences = config.rm.preferences
+  assert "label" not in validation.list_stages(judge)
+  assert "label" in validation.list_stages(label.get_config())

@@ -23,6 +23,7 @@ from vlmrlaif_jax.core.errors import (
   UserError,
   check_at_least,
   check_choices,
+  subsection,
   user_errors,
 )
 from vlmrlaif_jax.core.files import write_json
@@ -33,8 +34,8 @@ from vlmrlaif_jax.core.types import Params, Phase
 from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.feedback import pairwise_judge
-from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, PairOutcome
+from vlmrlaif_jax.feedback import endpoint, pairwise_judge
+from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, AskFn, PairOutcome
 from vlmrlaif_jax.feedback.replies.verdicts import parse_verdict
 from vlmrlaif_jax.runtime import answering, captioning, role_params, workloads
 from vlmrlaif_jax.runtime.answering import SamplingSettings, VideoReply
@@ -47,14 +48,18 @@ from vlmrlaif_jax.stages.labeling.preference_rows import (
 )
 from vlmrlaif_jax.stages.stage import Stage
 
-LABEL_JUDGES = ("self", "truth")
+LABEL_JUDGES = ("self", "endpoint", "truth")
+# Stage that reads the labels -> section whose `preferences` may name a file instead.
+LABEL_READERS = {"rm": "rm", "grm_sft": "rm", "grm": "rm", "judges": "rm", "dpo": "dpo"}
 
 
 def default_config() -> ConfigDict:
   """Returns the settings of the section `label`."""
   return ConfigDict(
     dict(
-      judge="self",  # The SFT policy; or "truth" of the embedded world, for studies.
+      # "self": the SFT policy; "endpoint": a server; "truth" of the embedded world, for
+      # studies.
+      judge="self",
       context="all",  # Clips with captions in the judge's prompt: "none", "one", "all".
       samples=4,  # Answers per prompt; the first two distinct ones are compared.
       temperature=1.0,  # Sampling temperature of the answers.
@@ -66,6 +71,7 @@ def default_config() -> ConfigDict:
       caption_temperature=0.0,
       batch=64,  # Prompts per batch.
       block=256,  # Prompts per block; a killed run loses one block at most.
+      endpoint=endpoint.default_config(),
     )
   )
 
@@ -77,6 +83,20 @@ def check(config: ConfigDict) -> None:
     check_choices(section, {"judge": LABEL_JUDGES, "context": captioning.CONTEXTS})
     check_at_least(section, {"samples": 2, "temperature": 0})
     check_at_least(section, {"caption_temperature": 0, "judge_max_new": 1})
+    if section.judge == "endpoint":
+      with subsection("endpoint"):
+        endpoint.check(section.endpoint)
+
+
+def is_read(config: ConfigDict) -> bool:
+  """Returns whether the recipe uses the labels.
+
+  It does not if all stages that could read them have files of preferences. A recipe
+  without these stages writes labels for other uses.
+  """
+  sections = {LABEL_READERS[name] for name in config.stages if name in LABEL_READERS}
+  have_files = [name in config and config[name].preferences for name in sections]
+  return not (have_files and all(have_files))
 
 
 def count_label_blocks(run: Run) -> int:
@@ -98,6 +118,10 @@ def run_label_stage(
   """
   variables = role_params.load_judge(run, "sft")
   prompts = run.splits.prompts
+  server: AskFn | None = None
+  if run.config.label.judge == "endpoint":
+    config = run.config.label.endpoint
+    server = endpoint.Endpoint(config, run.workdir / "endpoint.jsonl").ask
   if run.config.label.judge != "truth":
     captioning.check_clips(run, prompts, run.config.label.context)
   log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
@@ -112,7 +136,7 @@ def run_label_stage(
       run.watch.check(f"label: {number} of {count_label_blocks(run)} blocks are saved")
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
-        new = label_block(run, variables, examples, captions, phases)
+        new = label_block(run, variables, examples, captions, phases, server)
       distributed.on_process_zero(functools.partial(jsonl.write_records, path, new))
     rows += distributed.on_process_zero(functools.partial(_read_block, path, examples))
     _log_rates(log, number + 1, rows, phases.take_seconds())
@@ -157,11 +181,17 @@ def label_block(
   examples: Sequence[Example],
   captions: pathlib.Path,
   phase: Phase,
+  server: AskFn | None = None,
 ) -> list[JsonRow]:
   """Labels the prompts of a block and returns a row for each.
 
-  The file `captions` has the captions of all blocks. `phase` is the timer of the phases
-  "sample", "caption" and "judge".
+  Args:
+    run: The run.
+    variables: Variables of the SFT policy.
+    examples: Prompts of the block.
+    captions: File with the captions of all blocks.
+    phase: Timer of the phases "sample", "caption" and "judge".
+    server: Queries the judge of a server; None for the SFT policy.
   """
   config = run.config.label
   sampling = answering.read_sampling_settings(run.config, "label", config.samples)
@@ -185,7 +215,7 @@ def label_block(
     judge_sampling = SamplingSettings(
       config.judge_prompt_len, config.judge_max_new, config.batch
     )
-    ask = answering.Answerer(run, variables, judge_sampling).ask_judge
+    ask = server or answering.Answerer(run, variables, judge_sampling).ask_judge
     with phase("judge"):
       outcomes = pairwise_judge.judge_pairs(pairs, ask, run.prompts)
   columns = zip(examples, answers, narratives, outcomes, strict=True)
@@ -335,8 +365,9 @@ def workload(run: Run, stage: str) -> Workload:
     workloads.make_encode_function(run, config.batch),
     make_function("answers", answers, runs=1.0),
     make_function("captions", captions, runs=float(clips), frames=frames),
-    make_function("judge", judge, runs=2.0),
   ]
+  if config.judge == "self":
+    functions.append(make_function("judge", judge, runs=2.0))
   return Workload(functions, 0, config.batch, tokens)
 
 
@@ -348,6 +379,7 @@ STAGES = (
     run=run_label_stage,
     total_steps=count_label_blocks,
     check=check,
+    is_needed=is_read,
     workload=workload,
     paper="2402.03746",
   ),

@@ -48,7 +48,6 @@ def default_config() -> ConfigDict:
       engine="jax",
       # URLs up to the version, as in "http://127.0.0.1:8000/v1".
       urls=("http://127.0.0.1:8000/v1",),
-      model="decoder",  # Name of the text model on the servers.
       concurrency=64,  # Concurrent requests to each server, each for one prompt.
       timeout_s=300.0,  # Time limit of a request.
       patience_s=600.0,  # Time without any response after which the run stops.
@@ -67,8 +66,6 @@ def check(config: ConfigDict) -> None:
   """
   check_choices(config, {"engine": ENGINES})
   check_at_least(config, {"concurrency": 1, "timeout_s": 0, "patience_s": 0})
-  if config.engine == "jax":
-    return
   if not config.urls:
     raise ValueError("urls is empty: give the URL of each server")
   for url in config.urls:
