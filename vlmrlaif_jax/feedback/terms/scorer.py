@@ -14,7 +14,7 @@ from vlmrlaif_jax.core.errors import (
   check_choices,
   subsection,
 )
-from vlmrlaif_jax.feedback.terms import claims, functions, servers
+from vlmrlaif_jax.feedback.terms import claims, functions, rubric, servers
 from vlmrlaif_jax.feedback.terms.functions import Limits
 from vlmrlaif_jax.feedback.terms.rules import REWARD_RULES
 from vlmrlaif_jax.feedback.terms.sample import Sample
@@ -27,6 +27,7 @@ REWARD_MODEL = "reward_model"  # Term that the trained reward model computes.
 JUDGE_TERMS: dict[str, Callable[[Mapping[str, Any], pathlib.Path], TermFunction]] = {
   "judge": servers.make_judge_term,
   "claims": claims.make_claims_term,
+  "rubric": rubric.make_rubric_term,
 }
 EPSILON = 1e-4  # Added to the deviation of a group, as in GRPO.
 MAX_IDS = 5  # Ids of invalid samples in a message.
