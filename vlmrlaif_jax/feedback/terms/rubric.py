@@ -1,6 +1,8 @@
 """The term `rubric`: judges each criterion of a rubric by yes or no (2605.30244).
 
-The value of a response is the weighted share of the criteria that it meets.
+The value of a response is the weighted share of the criteria that it meets. The paper
+also verifies some criteria by code, shows no images to the judge and puts essential
+criteria first. This term has the judge alone, and weights.
 """
 
 import pathlib
