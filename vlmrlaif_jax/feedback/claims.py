@@ -145,12 +145,8 @@ def ask_for_claims(ask: AskFn, prompts: ClaimPrompts) -> DivideFn:
   """
 
   def divide(examples, answers):
-    splits, rewrites = {}, {}
-    for i, (example, texts) in enumerate(zip(examples, answers, strict=True)):
-      for text in texts:
-        prompt = prompts.split.format(question=example["question"], answer=text)
-        splits[i, text] = _make_query("split", example, text, prompt)
-    claims = _ask_lists(ask, splits)
+    rewrites = {}
+    claims = list_claims(ask, prompts, examples, answers)
     for (i, text), items in claims.items():
       if items:
         listed = "\n".join(prompts.bullet + claim for claim in items)
@@ -168,6 +164,31 @@ def ask_for_claims(ask: AskFn, prompts: ClaimPrompts) -> DivideFn:
     return {key: (items, checks.get(key)) for key, items in claims.items()}
 
   return divide
+
+
+def list_claims(
+  ask: AskFn,
+  prompts: ClaimPrompts,
+  examples: Sequence[Example],
+  answers: Sequence[Sequence[str]],
+) -> dict[AnswerKey, list[str] | None]:
+  """Requests the claims of each distinct answer to each example from a model.
+
+  Args:
+    ask: Model that replies to the prompts; it does not need the video.
+    prompts: Templates of the prompts.
+    examples: Examples with question and video.
+    answers: Answers to each example.
+
+  Returns:
+    The claims of each answer; None for a reply without a list.
+  """
+  splits = {}
+  for i, (example, texts) in enumerate(zip(examples, answers, strict=True)):
+    for text in texts:
+      prompt = prompts.split.format(question=example["question"], answer=text)
+      splits[i, text] = _make_query("split", example, text, prompt)
+  return _ask_lists(ask, splits)
 
 
 def split_by_rules(

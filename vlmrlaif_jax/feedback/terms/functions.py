@@ -193,7 +193,7 @@ def read_values(result: Any, count: int) -> list[Outcome]:
   """Returns the outcomes that a function returned.
 
   Raises:
-    TypeError: The function did not return a number or None for each sample.
+    TypeError: The function did not return a number, None or an outcome for each sample.
   """
   if len(result) != count:
     raise TypeError(f"it returned {len(result)} values for {count} samples")
@@ -201,6 +201,8 @@ def read_values(result: Any, count: int) -> list[Outcome]:
 
 
 def _read_value(value: Any) -> Outcome:
+  if isinstance(value, Outcome):
+    return value
   if value is None:
     return Outcome(None, "it returned None")
   number = float(value)

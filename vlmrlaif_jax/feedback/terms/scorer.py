@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,13 +14,21 @@ from vlmrlaif_jax.core.errors import (
   check_choices,
   subsection,
 )
-from vlmrlaif_jax.feedback.terms import functions, servers
+from vlmrlaif_jax.feedback.terms import claims, functions, rubric, servers
 from vlmrlaif_jax.feedback.terms.functions import Limits
 from vlmrlaif_jax.feedback.terms.rules import REWARD_RULES
 from vlmrlaif_jax.feedback.terms.sample import Sample
 
+TermFunction: TypeAlias = Callable[[Sequence[Sample]], Any]
+
 REWARD_MODEL = "reward_model"  # Term that the trained reward model computes.
-JUDGE = "judge"  # Term that a judge on a server computes.
+# Terms of judges by name: (kwargs, file of replies) -> function of samples. It divides
+# the samples among the processes by itself.
+JUDGE_TERMS: dict[str, Callable[[Mapping[str, Any], pathlib.Path], TermFunction]] = {
+  "judge": servers.make_judge_term,
+  "claims": claims.make_claims_term,
+  "rubric": rubric.make_rubric_term,
+}
 EPSILON = 1e-4  # Added to the deviation of a group, as in GRPO.
 MAX_IDS = 5  # Ids of invalid samples in a message.
 
@@ -56,7 +64,7 @@ class Term(NamedTuple):
   name: str
   weight: float
   # Function of samples; None for a term that the caller computes.
-  function: Callable[[Sequence[Sample]], Any] | None
+  function: TermFunction | None
   # Whether the function divides the samples among the processes by itself.
   is_distributed: bool = False
 
@@ -82,8 +90,7 @@ def load_terms(config: ConfigDict, cache: pathlib.Path) -> list[Term]:
     ValueError: A setting of a term is invalid. The message starts with its name.
   """
   builtin: dict[str, Callable[..., Any]] = {
-    REWARD_MODEL: _raise_not_computed,
-    JUDGE: _raise_not_computed,
+    **dict.fromkeys((REWARD_MODEL, *JUDGE_TERMS), _raise_not_computed),
     "endpoint": servers.request_rewards,
     **REWARD_RULES,
   }
@@ -98,8 +105,8 @@ def load_terms(config: ConfigDict, cache: pathlib.Path) -> list[Term]:
       if not weight:
         continue
       kwargs = settings.get("kwargs", ConfigDict()).to_dict()
-      if text == JUDGE:
-        judge = servers.make_judge_term(kwargs, cache)
+      if text in JUDGE_TERMS:
+        judge = JUDGE_TERMS[text](kwargs, cache)
         terms.append(Term(name, weight, judge, is_distributed=True))
         continue
       loaded = functions.load_function(text, builtin)

@@ -52,6 +52,24 @@ async def request_rewards(
     return scores
 
 
+def read_server_settings(kwargs: Mapping[str, Any], **own: Any) -> ConfigDict:
+  """Returns the settings of a term: those of a server, and its own.
+
+  Args:
+    kwargs: Settings that differ from the defaults.
+    own: The term's own settings, with their defaults.
+
+  Raises:
+    ValueError: A setting is unknown. The message starts with its name.
+  """
+  config = endpoint.default_config()
+  config.update(own)
+  for name in sorted(set(kwargs) - set(config)):
+    raise ValueError(f"{name} must be one of {', '.join(sorted(config))}")
+  config.update(kwargs)
+  return config
+
+
 # The judge.
 
 
@@ -64,12 +82,8 @@ def read_judge_settings(kwargs: Mapping[str, Any]) -> ConfigDict:
   Raises:
     ValueError: A setting is unknown or wrong. The message starts with "kwargs.".
   """
-  config = endpoint.default_config()
-  config.update(prompt=JUDGE_PROMPT, high=10, sees_video=True)
   with subsection("kwargs"):
-    for name in sorted(set(kwargs) - set(config)):
-      raise ValueError(f"{name} must be one of {', '.join(sorted(config))}")
-    config.update(kwargs)
+    config = read_server_settings(kwargs, prompt=JUDGE_PROMPT, high=10, sees_video=True)
     endpoint.check(config)
     check_at_least(config, {"high": 1})
     if "{response}" not in config.prompt:
