@@ -101,7 +101,7 @@ def trained(request, tiny_world, tmp_path_factory):
 def assert_trains(folder):
   """Checks the files of a stage after a step, and its metrics.
 
-  The section `grpo` is that of configs/grpo_rank.py, whose scores are ranks.
+  The section `grpo` is that of configs/grpo_rank.py, whose scores are win rates.
   """
   names = {path.name for path in folder.iterdir()}
   assert names >= {"stage.json", "done.json", "metrics.jsonl", "checkpoints"}
@@ -111,8 +111,8 @@ def assert_trains(folder):
     assert abs(first["kl"]) < 1e-5 and first["sampler_gap"] < 1e-5
     samples = jsonl.read_jsonl(folder / "samples" / "step_1.jsonl")
     assert samples
-  if folder.name == "grpo":  # The ranks of two responses are 0 and -1.
-    assert {row["score"] for row in samples} == {0, -1} and first["grad_norm"] > 0
+  if folder.name == "grpo":  # Of two responses, one wins or none.
+    assert {row["score"] for row in samples} == {0, 1} and first["grad_norm"] > 0
 
 
 def test_all_stages_train(trained):
