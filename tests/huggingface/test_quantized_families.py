@@ -22,13 +22,13 @@ def folder(request, tmp_path_factory):
   config = quant_error.make_config(request.param, **SHAPE)
   params = quant_error.make_random_params(convert.make_model(config, "float32"))
   folder = tmp_path_factory.mktemp(request.param)
-  convert.save_llava(folder, params, config, "float32")
+  convert.save_checkpoint(folder, params, config, "float32")
   return folder
 
 
 def train(folder, quant):
   """Returns logits, and the losses before and after an update of LoRA."""
-  model, base, _ = convert.load_llava(folder, dtype="float32", quant=quant)
+  model, base, _ = convert.load_checkpoint(folder, dtype="float32", quant=quant)
   assert ("quant" in base) == (quant != "none")
   model = model.clone(llm=model.llm.clone(rank=4, alpha=8.0))
   method = sft.make(sft.default_config(), MethodModels(policy=model))

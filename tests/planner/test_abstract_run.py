@@ -96,7 +96,7 @@ def test_answers_are_planned_as_they_are_asked_for(one, monkeypatch, count):
   assert decodes.rows / decodes.parts == seen["slots"]
 
 
-@pytest.mark.parametrize("stage, names", [("ppo", 3), ("grpo", 2)])
+@pytest.mark.parametrize("stage, names", [("ppo", 3), ("grpo", 3)])
 def test_what_collect_jits_goes_by_the_names_of_its_passes(one, stage, names):
   collect = planned(one, stage)["collect"]
   traced = jax.make_jaxpr(collect.call)(*collect.args())

@@ -298,7 +298,7 @@ def greedy(request, tmp_path_factory):
   torch.set_num_threads(1)  # Two would wait for each other on a busy machine.
   family, folder = FAMILIES[request.param], tmp_path_factory.mktemp(request.param)
   hf = write_sharp(family, folder)
-  model, variables, config = convert.load_llava(folder, dtype="float32")
+  model, variables, config = convert.load_checkpoint(folder, dtype="float32")
   prompts = make_prompts(family, folder, config, model, variables)
   tokenizer = family.tokenizer()
   # Ids after the EOS token stand for media, so they are not sampled.

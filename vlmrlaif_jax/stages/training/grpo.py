@@ -110,18 +110,20 @@ def make_job(
     prompt_len, max_new, sampled_prompts, samples=config.samples
   )
   logps_roles = ("policy", "ref") if config.old_logps == "computed" else ("ref",)
+  has_reward_model = oracles.needs_reward_model(run.config, config.oracle)
+  scored = {}
+  if has_reward_model:
+    frozen["reward"] = role_params.load_reward_model(run)
+    rows = sampled_prompts * config.samples
+    scored["score"] = [workloads.make_reward_pass(run, rows, time)]
   passes = {
     "sample": workloads.make_sampling_passes(
       run, sampled_prompts, sampling, slots=config.slots
     ),
+    **scored,
     "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
-  has_reward_model = oracles.needs_reward_model(run.config, config.oracle)
-  if has_reward_model:
-    frozen["reward"] = role_params.load_reward_model(run)
-    rows = sampled_prompts * config.samples
-    passes["score"] = [workloads.make_reward_pass(run, rows, time)]
   if score is None:
     score = oracles.make_planned_score(run, has_reward_model)
   parts = MethodModels(policy=run.policy, score=score, sampler=sampler)
