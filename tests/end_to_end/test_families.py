@@ -89,6 +89,9 @@ def trained(request, tiny_world, tmp_path_factory):
   given["data.videos"] = str(tiny_world / "videos")
   config = small.config(given, case.stages)
   with contextlib.redirect_stdout(io.StringIO()) as printed:
+    if "label" in case.stages:  # Recipes with given preferences skip it.
+      labels = small.config(given, ("sft_short", "sft_long", "label"))
+      runner.run_recipe(labels, str(root / "run"))
     runner.run_recipe(config, str(root / "run"))
   (root / "printed.txt").write_text(printed.getvalue())
   run, _ = loading.load_run_without_data(
