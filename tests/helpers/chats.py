@@ -1,7 +1,6 @@
 """A workdir and clips to talk about, for the tests of the chat."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -56,11 +55,11 @@ def run_command(folder, files, question, *flags, max_new=64):
     [sys.executable, "launch/chat.py", f"--model={folder}",
      *(f"--video={file}" for file in files), f"--prompt={question}", "--temperature=0",
      f"--max_tokens={max_new}", "--dtype=float32", *flags],
-    cwd=several.ROOT, env={**os.environ, "PYTHONPATH": str(several.ROOT)},
-    capture_output=True, text=True,
+    cwd=several.ROOT, env=several.environment(), capture_output=True,
   )  # fmt: skip
   assert process.returncode == 0, process.stderr[-3000:]
-  return process.stdout.strip().removeprefix(f"{folder.name}:").strip()
+  # Decoded here, because text=True replaces carriage returns.
+  return process.stdout.decode().strip().removeprefix(f"{folder.name}:").strip()
 
 
 def write_clip(path, seconds=1):
