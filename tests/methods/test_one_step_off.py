@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import small
 from tests.helpers.rows import text_batch
-from tests.methods.test_grpo import EOS, NEW, PAD, START, VOCAB, Bigrams, table
+from tests.methods.bigrams import EOS, NEW, PAD, START, VOCAB, Bigrams, table
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import MethodModels
 from vlmrlaif_jax.methods import _rollout, grpo

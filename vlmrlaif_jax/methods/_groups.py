@@ -68,14 +68,13 @@ def select_groups(
   """Selects the `count` groups whose scores differ most, in their order.
 
   Returns:
-    The groups, and info. "prompt_rows" is the position of each response's prompt in the
-    sampled batch. The means "tied_sampled" and "reward_sampled" are over all sampled
-    groups.
+    The groups, and info. "sampled_rows" is the position of each response in the sampled
+    batch. The means "tied_sampled" and "reward_sampled" are over all sampled groups.
   """
   scores, compared = scored.compared_scores, scored.compared
   selected = ranking.select_differing_groups(scores, compared, count)
   info: dict[str, AnyArray] = {
-    "prompt_rows": jnp.repeat(selected, scores.shape[1]),
+    "sampled_rows": jnp.arange(scores.size).reshape(scores.shape)[selected].reshape(-1),
     "tied_sampled": jnp.mean(ranking.are_tied(scores, compared)),
     "reward_sampled": masked_mean(scored.scores, scored.valid),
   }

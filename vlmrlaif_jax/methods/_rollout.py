@@ -13,51 +13,46 @@ from vlmrlaif_jax.core.types import (
   AnyArray,
   Batch,
   Collector,
+  MethodModels,
   Params,
   Phase,
-  RemoteSampler,
   merge_params,
 )
 from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS, generate
 
 
 def make_collector(
-  config: ConfigDict,
-  policy: Any,
-  score: Callable,
-  prepare_rollout: Callable,
-  sampler: RemoteSampler | None,
-  **limits: Any,
+  config: ConfigDict, parts: MethodModels, prepare_rollout: Callable, **limits: Any
 ) -> Collector:
   """Returns the collector of a method: it samples and scores responses.
 
   Args:
     config: the settings of the method.
-    policy: the VLM that samples with the weights of the role "policy".
-    score: see MethodModels.score. It may be a function of the host, because it is
-      called between two jitted functions.
+    parts: its policy samples with the weights of the role "policy", unless it has a
+      sampler. Its score may be a function of the host, because it is called between two
+      jitted functions.
     prepare_rollout: jitted function of (params, frozen, sampled, scores, valid) that
       returns (rollout, info). If info has a row for some of the responses only, it
-      contains "prompt_rows", the position of each row's prompt in the batch.
-    sampler: samples responses in place of the devices; see MethodModels.
+      contains "sampled_rows", the position of each row among all sampled responses.
     **limits: max_new, stops, pad and vocab; see generate.
   """
   settings: dict[str, Any] = {key: config[key] for key in SAMPLING_SETTINGS} | limits
+  sampler = parts.sampler
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
     variables = merge_params(frozen["policy"], params["policy"])
-    return generate(policy, variables, prompts, key, **settings)
+    return generate(parts.policy, variables, prompts, key, **settings)
 
   def finish(params: Params, frozen: Params, sampled: Any, phase: Phase):
     with phase("sample"):
       sampled = sampler.finish(sampled) if sampler else sampled
       jax.block_until_ready(sampled)
     with phase("score"):
-      scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
+      scores, valid = jax.block_until_ready(parts.score(frozen, sampled.batch))
     rollout, info = prepare_rollout(params, frozen, sampled, scores, valid)
-    rows = np.arange(len(sampled.batch.tokens)) // config.samples
-    return rollout, {"prompt_rows": jnp.asarray(rows)} | info
+    rows = np.arange(len(sampled.batch.tokens))
+    return rollout, {"sampled_rows": jnp.asarray(rows)} | info
 
   return Collector(sampler.begin if sampler else sample, finish)
 

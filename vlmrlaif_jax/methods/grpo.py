@@ -264,9 +264,7 @@ def make(
     return compute_grpo_loss(config, rollout, logps, entropy, max_new)
 
   sampling = {"max_new": max_new, "stops": stops, **limits}
-  collect = make_collector(
-    config, model, parts.score, prepare_rollout, parts.sampler, **sampling
-  )
+  collect = make_collector(config, parts, prepare_rollout, **sampling)
   return Method(Batch, collect, loss)
 
 

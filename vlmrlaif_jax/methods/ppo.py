@@ -119,9 +119,7 @@ def make(
     return compute_ppo_loss(config, rollout, logps, values, mask)
 
   sampling = {"max_new": max_new, "stops": stops, **limits}
-  collect = make_collector(
-    config, policy, parts.score, prepare_rollout, parts.sampler, **sampling
-  )
+  collect = make_collector(config, parts, prepare_rollout, **sampling)
   return Method(Batch, collect, loss)
 
 

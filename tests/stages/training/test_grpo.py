@@ -12,12 +12,31 @@ from tests.helpers.stage_runs import run_stage
 from tests.stages.training.test_oracles import with_oracle
 from vlmrlaif_jax.stages.training import common, grpo
 
+RULE = """
+def score(samples, quiet):
+  return [s.seed / 2**32 * (0.01 if s.id in quiet else 1) for s in samples]
+"""
+
 
 def selecting(one, workdir, **settings):
-  """A run of two steps that keeps two of four groups of three responses."""
+  """A run of two steps that keeps two of four groups of three responses.
+
+  The first and the third group of the first step hardly differ.
+  """
   run = with_oracle(one, workdir, kind="reward")
   run.config.grpo.update(steps=2, oversample=2, samples_every=1, keep=2)
+  run.config.grpo.truncated_responses = "keep"
   run.config.grpo.update(settings)
+  workdir.mkdir(exist_ok=True)
+  (workdir / "rule.py").write_text(RULE)
+  indices = common.batch_indices(run, len(run.splits.prompts), 4, step=0)
+  quiet = tuple(run.splits.prompts[i]["id"] for i in indices[::2])
+  run.config.reward.terms.reward_model.weight = 0.0
+  run.config.reward.terms.stop.weight = -0.001
+  run.config.reward.terms.rule = {
+    "fn": f"{workdir / 'rule.py'}:score",
+    "kwargs": {"quiet": quiet},
+  }
   return run
 
 
@@ -41,6 +60,7 @@ def test_samples_are_those_of_the_groups_that_differ_most(one, whole, tmp_path):
   assert (len(every), len(kept)) == (4 * 3, 2 * 3)
   spread = np.array([row["score"] for row in every]).reshape(4, 3).std(axis=1)
   best = np.sort(np.argsort(spread)[-2:])
+  assert list(best) == [1, 3]
   for name in ("id", "prompt", "response", "score", "terms", "truth"):
     want = [every[3 * group + i][name] for group in best for i in range(3)]
     assert [row[name] for row in kept] == want, name

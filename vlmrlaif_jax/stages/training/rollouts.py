@@ -24,7 +24,7 @@ from vlmrlaif_jax.stages.training import common, oracles, server_sampler
 # Entries of the info of `collect` that samples need.
 ROLLOUT_COLUMNS = (
   *("tokens", "loss_mask", "scores", "valid", "has_stop"),
-  *("row_advantages", "row_kl", "prompt_rows"),
+  *("row_advantages", "row_kl", "sampled_rows"),
 )
 
 
@@ -118,7 +118,8 @@ def make_sample_rows(
 
   The first row of an example contains the judge's replies about its responses.
   """
-  parts, info, rows = oracle.get_terms(), sampled.info, []
+  info, rows = sampled.info, []
+  terms = {name: x[info["sampled_rows"]] for name, x in oracle.get_terms().items()}
   for i, example in enumerate(sampled.examples):
     is_first = i == 0 or sampled.examples[i - 1] is not example
     replies = oracle.list_replies(example) if is_first else []
@@ -130,7 +131,7 @@ def make_sample_rows(
       "prompt": show_media(example["question"]),
       "response": sampled.texts[i],
       "score": float(info["scores"][i]),
-      "terms": {name: float(x[i]) for name, x in parts.items()} if valid else {},
+      "terms": {name: float(x[i]) for name, x in terms.items()} if valid else {},
       "kl": float(info["row_kl"][i]),
       "valid": valid,
       "advantage": float(info["row_advantages"][i]),
@@ -173,7 +174,8 @@ def make_recorder(
     tokens, mask = columns["tokens"], columns["loss_mask"]
     texts = tokenization.decode_responses(run.tokenizer, tokens, mask)
     indices = common.batch_indices(run, len(examples), prompts, step)
-    step_examples = [examples[i] for i in indices[columns["prompt_rows"]]]
+    prompt_rows = columns["sampled_rows"] // config.samples
+    step_examples = [examples[i] for i in indices[prompt_rows]]
     mistakes = [
       truth.count_answer_mistakes(e, t)
       for e, t in zip(step_examples, texts, strict=True)
