@@ -17,7 +17,6 @@ import pytest
 from tests.helpers import several, small
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
-STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 LEARN = ("sft_short", "sft_long", "rm", "ppo")
 STEPS = 6
 ENDED = "rm"  # The stage in which one is asked to end.
@@ -65,7 +64,7 @@ def recipe(tiny_settings, root):
 
   (root / "program.py").write_text(PROGRAM)
 
-  def start(name, processes, *, order, **mesh):
+  def start(name, processes, *, order, stages=(), **mesh):
     mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
 
     def command(coordinator, number):
@@ -80,7 +79,7 @@ def recipe(tiny_settings, root):
         str(order),
         "--config=configs/ppo.py",
         f"--workdir={root / name}",
-        *small.flags(settings | mesh),
+        *small.flags(settings | mesh | ({"stages": stages} if stages else {})),
         *(given if processes > 1 else []),
       ]
 
@@ -245,10 +244,20 @@ def test_responses_are_those_of_one_process(alone, together):
   assert read(together[0]) == read(alone) and len(read(alone)) == 8
 
 
-def test_labels_are_those_of_one_process(alone, together):
+@pytest.fixture(scope="module")
+def labeled(recipe, alone, together):
+  """Both workdirs with labels, which a recipe with given preferences does not write."""
+  several.finish(*recipe("alone", 1, order=[0, 1], stages=("label",), data=1, fsdp=2))
+  several.finish(
+    *recipe("together", 2, order=[1, 0], stages=("label",), data=2, fsdp=1)
+  )
+  return alone, together[0]
+
+
+def test_labels_are_those_of_one_process(labeled):
   """But for a token where two were as close as the rounding of six updates."""
   name = "label/blocks/block_00000.jsonl"
-  one, two = ((at / name).read_text().splitlines() for at in (alone, together[0]))
+  one, two = ((at / name).read_text().splitlines() for at in labeled)
   id_of = lambda line: json.loads(line)["id"]
   assert list(map(id_of, two)) == list(map(id_of, one)) and len(one) == 8
   assert sum(a != b for a, b in zip(one, two, strict=True)) <= 1

@@ -24,7 +24,9 @@ from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.serving import export
 
 ROOT = pathlib.Path(__file__).parents[2]
-STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
+# A recipe with given preferences writes no labels, so they come first.
+LABEL = ("sft_short", "sft_long", "label")
+STAGES = (*LABEL, "rm", "ppo", "eval")
 LIMIT_S = 600  # For a run, on a busy machine.
 NAMES = {  # Of the folders -> of their layouts.
   "hf": "Hugging Face LLaVA",
@@ -95,15 +97,16 @@ def workdir(root, tiny_settings):
     "model.path": root / "adapter",
     "model.reward_model_path": root / "hf",
   }
-  done = subprocess.run(
-    [
-      sys.executable, ROOT / "launch" / "run.py", "--config=configs/ppo.py:7b",
-      f"--workdir={root / 'run'}", *small.flags(settings),
-    ],
-    cwd=ROOT, env=several.environment(torch=True), timeout=LIMIT_S,
-    capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+  for stages in (LABEL, STAGES):
+    done = subprocess.run(
+      [
+        sys.executable, ROOT / "launch" / "run.py", "--config=configs/ppo.py:7b",
+        f"--workdir={root / 'run'}", *small.flags(settings | {"stages": stages}),
+      ],
+      cwd=ROOT, env=several.environment(torch=True), timeout=LIMIT_S,
+      capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
   return root / "run"
 
 
