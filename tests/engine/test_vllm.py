@@ -66,9 +66,9 @@ def test_greedy_responses_are_those_of_our_sampler(make):
     )
   )(frozen["policy"], prompts(model), jax.random.key(0))
   assert (np.asarray(plain.batch.tokens) != want.batch.tokens).any()
-  for name in ("tokens", "mask", "loss_mask", "positions"):
-    np.testing.assert_array_equal(getattr(got.batch, name), getattr(want.batch, name))
   np.testing.assert_allclose(got.batch.video, want.batch.video, atol=1e-6)
+  for ours, theirs in zip(want.batch[1:], got.batch[1:], strict=True):
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_log_probabilities_are_the_trainers(make):

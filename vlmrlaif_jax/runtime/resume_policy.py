@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 # Settings of sending requests to an endpoint; its model and prompts are fixed.
 _REQUEST_SETTINGS = "key_env concurrency timeout_s retries max_failed".split()
+_SERVER_SETTINGS = "urls concurrency timeout_s patience_s allow_remote".split()
 FREE_SETTINGS = (  # Patterns of fnmatch, whose * also matches dots.
   # The list of stages: a stage that is done does not run again.
   *("recipe", "stages", "preset", "rounds"),
@@ -26,6 +27,8 @@ FREE_SETTINGS = (  # Patterns of fnmatch, whose * also matches dots.
   # because it numbers files.
   *("*.batch", "claims.block", "claims.check_rows"),
   *(f"*.endpoint.{name}" for name in _REQUEST_SETTINGS),
+  # Servers that sample; which engine does is fixed.
+  *(f"*.rollout.{name}" for name in _SERVER_SETTINGS),
   *("reward.concurrency", "reward.timeout_s", "reward.max_invalid"),
   # Alarms, logging, measurements and checkpoints.
   *("*.alarms.*", "*.log_every", "*.samples_every", "rm.measure_every"),

@@ -17,6 +17,7 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.interrupts import Stopped
 from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.vlm import VLM
+from vlmrlaif_jax.runtime import resume_policy
 from vlmrlaif_jax.stages.training import server_sampler
 
 TOKENS = [[7, 9, 2], [8] * NEW, [2], [5, 2]]  # Of each sample.
@@ -27,8 +28,9 @@ class Engine:
 
   def __init__(self, server: HTTPServer):
     self.server, self.url = server, server.url_for("/v1")
-    self.adapters, self.requests = [], collections.Counter()
+    self.adapters, self.requests = set(), collections.Counter()
     self.failures = []  # Statuses of the next completions.
+    self.loads = self.returns_ids = True
     for name, answer in (
       ("load_lora_adapter", self.load),
       ("unload_lora_adapter", self.unload),
@@ -39,8 +41,12 @@ class Engine:
   def load(self, request):
     self.requests["load"] += 1
     given = request.get_json()
+    if not self.loads:
+      return Response("{}", 404)
+    if given["lora_name"] in self.adapters and not given["load_inplace"]:
+      return Response(json.dumps({"message": "already loaded"}), 400)
     self.tensors = load_file(given["lora_path"] + "/adapter_model.safetensors")
-    self.adapters.append(given["lora_name"])
+    self.adapters.add(given["lora_name"])
     return Response("loaded")
 
   def unload(self, request):
@@ -67,6 +73,8 @@ class Engine:
       }
       for i, tokens in enumerate(TOKENS)
     ]
+    if not self.returns_ids:  # As an older server.
+      choices = [{"index": 0, "logprobs": None}]
     return Response(json.dumps({"choices": choices[::-1]}))
 
 
@@ -122,6 +130,16 @@ def test_what_a_server_rejects_ends_the_run_with_its_reason(engine, tmp_path):
     sample(make_sampler(tmp_path, engine.url))
 
 
+@pytest.mark.parametrize(
+  "missing, error",
+  [("loads", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"), ("returns_ids", "token_ids")],
+)
+def test_a_server_without_a_required_feature_is_named(engine, tmp_path, missing, error):
+  setattr(engine, missing, False)
+  with pytest.raises(UserError, match=f"{engine.url} .*{error}"):
+    sample(make_sampler(tmp_path, engine.url))
+
+
 def test_the_run_stops_when_no_server_replies(tmp_path):
   sampler = make_sampler(tmp_path, "http://127.0.0.1:9/v1", patience_s=0.1)
   with pytest.raises(Stopped, match="no server of rollout.urls has replied for 0.1 s"):
@@ -149,6 +167,12 @@ def test_another_address_is_used_if_the_user_allows_it():
   config = server_sampler.default_config()
   config.update(engine="vllm", urls=("http://10.0.0.1/v1",), allow_remote=True)
   server_sampler.check(config)
+
+
+def test_servers_may_change_when_a_run_is_resumed():
+  config = server_sampler.default_config()
+  fixed = resume_policy.select_fixed_settings(config, "grpo.rollout")
+  assert fixed == {"grpo.rollout.engine": "jax"}
 
 
 def test_positions_with_axes_are_refused():

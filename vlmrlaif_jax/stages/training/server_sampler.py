@@ -10,6 +10,7 @@ older adapter, cannot answer for it. The API is that of vLLM.
 import asyncio
 import base64
 import concurrent.futures
+import importlib.util
 import io
 import json
 import pathlib
@@ -140,7 +141,8 @@ class ServerSampler:
     folder: Folder of adapters, which the servers can read.
 
   Raises:
-    UserError: There are several processes, or the family is not supported.
+    UserError: There are several processes, the family is not supported, or torch is
+      not installed.
   """
 
   def __init__(
@@ -156,6 +158,11 @@ class ServerSampler:
         "run without --processes"
       )
     check_servable(policy)
+    if importlib.util.find_spec("torch") is None:
+      raise UserError(
+        "rollout.engine=vllm requires torch, in whose format servers read embeddings: "
+        "pip install torch"
+      )
     self._config, self._policy, self._settings = config, policy, settings
     self._folder = folder.resolve()
     shutil.rmtree(self._folder, ignore_errors=True)  # Of a run that was killed.
@@ -223,9 +230,9 @@ class ServerSampler:
     self, adapter: pathlib.Path, texts: Sequence[str], seeds: Sequence[int]
   ) -> list[RowResponses]:
     servers = [_Server(url, self._config) for url in self._config.urls]
-    last_reply = [time.monotonic()]  # Of any server.
+    self._last_reply = time.monotonic()  # Of any server.
     tasks = [
-      asyncio.create_task(self._sample_row(servers, i, adapter, text, seed, last_reply))
+      asyncio.create_task(self._sample_row(servers, i, adapter, text, seed))
       for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
     ]
     try:
@@ -245,7 +252,6 @@ class ServerSampler:
     adapter: pathlib.Path,
     text: str,
     seed: int,
-    last_reply: list[float],
   ) -> RowResponses:
     """Requests the responses to one prompt until a server returns all of them."""
     turn = row
@@ -264,10 +270,10 @@ class ServerSampler:
         except openai.APIStatusError as error:
           raise UserError(_explain(server.url, error)) from None
         else:
-          server.failures, last_reply[0] = 0, time.monotonic()
+          server.failures, self._last_reply = 0, time.monotonic()
           return responses
         server.note_failure()
-      if time.monotonic() - last_reply[0] > self._config.patience_s:
+      if time.monotonic() - self._last_reply > self._config.patience_s:
         raise Stopped(
           f"no server of rollout.urls has replied for {self._config.patience_s:g} s "
           f"({server.url}: {failure}). Start the servers; this step is sampled again"
@@ -297,6 +303,11 @@ class ServerSampler:
       },
     )
     choices = sorted(json.loads(response.content)["choices"], key=lambda x: x["index"])
+    if not all("token_ids" in choice for choice in choices):
+      raise UserError(
+        f"the server {server.url} of rollout.urls returns no token_ids: use vLLM "
+        "0.32.0 or later"
+      )
     return RowResponses(
       [choice["token_ids"] for choice in choices],
       [choice["logprobs"]["token_logprobs"] for choice in choices],
@@ -311,12 +322,28 @@ def _choose_server(servers: Sequence[_Server], turn: int) -> _Server:
 
 
 async def _load(server: _Server, adapter: pathlib.Path) -> None:
-  """Loads an adapter unless the server has it."""
+  """Loads an adapter unless the server has it.
+
+  Raises:
+    UserError: The server does not load adapters.
+  """
   async with server.lock:
-    if server.adapter != adapter.name:
-      body = {"lora_name": adapter.name, "lora_path": str(adapter)}
+    if server.adapter == adapter.name:
+      return
+    # In place, because a server that only was slow has the adapter already.
+    body = {
+      "lora_name": adapter.name,
+      "lora_path": str(adapter),
+      "load_inplace": True,
+    }
+    try:
       await server.client.post("/load_lora_adapter", body=body, cast_to=str)
-      server.adapter = adapter.name
+    except openai.NotFoundError:
+      raise UserError(
+        f"the server {server.url} of rollout.urls loads no adapters: start it with "
+        "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; see docs/rollouts.md"
+      ) from None
+    server.adapter = adapter.name
 
 
 async def _unload(server: _Server) -> None:
