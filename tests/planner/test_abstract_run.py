@@ -104,6 +104,17 @@ def test_what_collect_jits_goes_by_the_names_of_its_passes(one, stage, names):
   assert jitted == list(collect.passes) and len(jitted) == names
 
 
+def test_a_reward_without_the_reward_model_plans_no_scores(one):
+  config = one.config.copy_and_resolve_references()
+  config.reward.terms.reward_model.weight = 0.0
+  run = one._replace(config=config)
+  for stage in ("ppo", "grpo"):
+    collect = planned(run, stage)["collect"]
+    traced = jax.make_jaxpr(collect.call)(*collect.args())
+    jitted = [e.params["name"] for e in traced.eqns if e.primitive.name == "jit"]
+    assert jitted == list(collect.passes) == ["sample", "prepare_rollout"]
+
+
 def test_a_step_learns_from_groups_that_share_their_prompts(one):
   made = planned(one, "grpo")
   config, ((learned,),) = one.config.grpo, made["update"].passes.values()

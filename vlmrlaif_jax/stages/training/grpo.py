@@ -111,22 +111,20 @@ def make_job(
   )
   logps_roles = ("policy", "ref") if config.old_logps == "computed" else ("ref",)
   has_reward_model = oracles.needs_reward_model(run.config, config.oracle)
-  scored = {}
+  planned_score, scoring = oracles.plan_scoring(
+    run, sampled_prompts * config.samples, time, has_reward_model=has_reward_model
+  )
   if has_reward_model:
     frozen["reward"] = role_params.load_reward_model(run)
-    rows = sampled_prompts * config.samples
-    scored["score"] = [workloads.make_reward_pass(run, rows, time)]
   passes = {
     "sample": workloads.make_sampling_passes(
       run, sampled_prompts, sampling, slots=config.slots
     ),
-    **scored,
+    **scoring,
     "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
-  if score is None:
-    score = oracles.make_planned_score(run, has_reward_model)
-  parts = MethodModels(policy=run.policy, score=score, sampler=sampler)
+  parts = MethodModels(policy=run.policy, score=score or planned_score, sampler=sampler)
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,

@@ -21,6 +21,7 @@ from vlmrlaif_jax.core.errors import (
   check_choices,
   subsection,
 )
+from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.templates import show_media
@@ -31,7 +32,13 @@ from vlmrlaif_jax.feedback.rewards import ScoreFn
 from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.feedback.terms.sample import Sample
 from vlmrlaif_jax.feedback.terms.scorer import RewardScores
-from vlmrlaif_jax.runtime import answering, rewarding, role_params, scoring
+from vlmrlaif_jax.runtime import (
+  answering,
+  rewarding,
+  role_params,
+  scoring,
+  workloads,
+)
 from vlmrlaif_jax.runtime.run import Run
 
 ORACLE_KINDS = ("reward", "reward_rank", "list", "pairs", "truth", "grm", "verdict")
@@ -238,9 +245,22 @@ def needs_reward_model(config: ConfigDict, oracle: ConfigDict) -> bool:
   return oracle.kind in REWARD_KINDS and scorer.has_model_term(config.reward)
 
 
-def make_planned_score(run: Run, has_reward_model: bool) -> ScoreFn:
-  """Returns the part of a score that runs on the devices, for the planner."""
-  return make_model_scorer(run) if has_reward_model else _return_zeros
+def plan_scoring(
+  run: Run, rows: int, time: int, *, has_reward_model: bool
+) -> tuple[ScoreFn, dict[str, list[ModelPass]]]:
+  """Returns the part of a score that runs on the devices, and its passes by name.
+
+  Args:
+    run: The run.
+    rows: Responses of a step.
+    time: Tokens of a prompt and a response.
+    has_reward_model: Whether the reward model is a term of the score.
+  """
+  if not has_reward_model:
+    return _return_zeros, {}
+  return make_model_scorer(run), {
+    "score": [workloads.make_reward_pass(run, rows, time)]
+  }
 
 
 def _return_zeros(frozen, batch):

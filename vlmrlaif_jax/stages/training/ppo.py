@@ -88,13 +88,15 @@ def make_job(
     workloads.make_model_pass, run, time=time, config=config, start=start
   )
   update_rows = rows // config.minibatches
+  planned_score, scoring = oracles.plan_scoring(
+    run, rows, time, has_reward_model=has_reward_model
+  )
   parts = MethodModels(
     policy=run.policy,
     critic=run.reward_model,
-    score=score or oracles.make_planned_score(run, has_reward_model),
+    score=score or planned_score,
     sampler=sampler,
   )
-  scored = [workloads.make_reward_pass(run, rows, time)] if has_reward_model else []
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,
@@ -107,7 +109,7 @@ def make_job(
       "sample": workloads.make_sampling_passes(
         run, prompts, sampling, slots=config.slots
       ),
-      "score": scored,
+      **scoring,
       "prepare_rollout": [
         make_pass("forward", each, rows) for each in ("policy", "ref", "critic")
       ],
