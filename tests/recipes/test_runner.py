@@ -88,6 +88,16 @@ def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
   assert "sft_short: already done, skipped\nsft_long: already done, skipped" in out
 
 
+def test_labels_that_given_preferences_replace_are_skipped(tmp_path, ran, capsys):
+  _builds, stages = ran
+  pairs = tmp_path / "pairs.jsonl"
+  pairs.touch()
+  made = config(("sft_short", "sft_long", "label", "rm"), rm__preferences=str(pairs))
+  runner.run_recipe(made, str(tmp_path / "run"))
+  assert stages == ["sft_short", "sft_long", "rm"]
+  assert "label: skipped, because no later stage reads" in capsys.readouterr().out
+
+
 def test_a_second_run_does_nothing_but_say_so(tmp_path, ran, capsys):
   builds, stages = ran
   runner.run_recipe(config(), str(tmp_path))

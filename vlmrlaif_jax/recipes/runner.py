@@ -21,7 +21,7 @@ from vlmrlaif_jax.core.profiling import ProfilerTrace
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.planner import memory
 from vlmrlaif_jax.recipes import data_files, validation
-from vlmrlaif_jax.recipes.validation import list_stages
+from vlmrlaif_jax.recipes.validation import ROUND_STAGE, list_stages
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.runtime import loading, resume_policy
 from vlmrlaif_jax.runtime.run import Run
@@ -72,6 +72,11 @@ def run_recipe(
   for stage in stages:
     if stage not in todo:
       distributed.print_once(f"{stage}: already done, skipped")
+  for stage in config.stages:
+    if stage not in (*stages, ROUND_STAGE):
+      distributed.print_once(
+        f"{stage}: skipped, because no later stage reads its results"
+      )
   if todo:
     try:
       memory.check_memory(config, todo)
