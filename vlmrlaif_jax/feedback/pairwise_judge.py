@@ -45,6 +45,11 @@ class JudgeQuery(NamedTuple):
 AskFn: TypeAlias = Callable[[Sequence[JudgeQuery]], Sequence[str | None]]
 
 
+def hide_videos(ask: AskFn) -> AskFn:
+  """Returns a judge that receives the texts of queries without their videos."""
+  return lambda queries: ask([query._replace(video=()) for query in queries])
+
+
 def make_query_key(query: JudgeQuery) -> tuple[Any, ...]:
   """Returns the fields that identify a query: all except the id."""
   return str(query.video), *query[2:]

@@ -5,7 +5,6 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from tests.feedback import chat_server
 from tests.feedback.terms.samples import sample
 from vlmrlaif_jax.data.world import scene
 from vlmrlaif_jax.data.world.scene import Scene, SceneObject
@@ -66,8 +65,8 @@ def test_truth_has_no_value_for_another_record():
 def reply(prompt):
   """Splits at full stops, accepts claims about dogs, and compares by words."""
   if prompt.startswith("List"):
-    said = prompt.rsplit("Answer: ", 1)[1]
-    return "\n".join(part.strip() for part in said.split(".") if part.strip())
+    answer = prompt.rsplit("Answer: ", 1)[1]
+    return "\n".join(part.strip() for part in answer.split(".") if part.strip())
   if prompt.startswith("Turn"):
     return "\n".join(f"Is it so: {line}?" for line in prompt.splitlines()[1:])
   if prompt.startswith("Does the text"):
@@ -77,9 +76,7 @@ def reply(prompt):
 
 
 @pytest.fixture
-def chat(httpserver, monkeypatch):
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-  chat = chat_server.Chat(httpserver)
+def chat(chat):
   chat.judge = reply
   return chat
 

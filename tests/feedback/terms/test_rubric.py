@@ -3,7 +3,6 @@
 import pytest
 from ml_collections import ConfigDict
 
-from tests.feedback import chat_server
 from tests.feedback.terms.samples import sample
 from vlmrlaif_jax.feedback.terms import rubric, scorer
 from vlmrlaif_jax.feedback.terms.rubric import Criterion
@@ -13,14 +12,14 @@ def reply(prompt):
   """Writes two criteria, and accepts those whose text is in the response."""
   if "Write at most five criteria" in prompt:
     return "Sure!\n- dog\n- red" if "What?" in prompt else ""
-  said, criterion = prompt.split("Response: ")[1].split("\nCriterion: ")
-  return "Maybe." if said == "hm" else "Yes." if criterion in said else "No."
+  response, criterion = prompt.split("Response: ")[1].split("\nCriterion: ")
+  if response == "hm":
+    return "Maybe."
+  return "Yes." if criterion in response else "No."
 
 
 @pytest.fixture
-def chat(httpserver, monkeypatch):
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-  chat = chat_server.Chat(httpserver)
+def chat(chat):
   chat.judge = reply
   return chat
 

@@ -83,10 +83,10 @@ def test_more_invalid_samples_than_allowed_end_a_run_with_the_first_traceback():
   result = scorer.score_samples(config, terms, SAMPLES, None)
   with pytest.raises(UserError) as error:
     scorer.raise_if_invalid(config, SAMPLES, result)
-  said = str(error.value)
-  assert "4 of 4 samples have no score (broken 4), of the records a, b;" in said
-  assert "--config.reward.max_invalid=0.5" in said
-  assert "ValueError: it is broken" in said
+  message = str(error.value)
+  assert "4 of 4 samples have no score (broken 4), of the records a, b;" in message
+  assert "--config.reward.max_invalid=0.5" in message
+  assert "ValueError: it is broken" in message
   one_valid = result._replace(valid=np.arange(4) == 2)
   config.max_invalid = 1.0
   line = scorer.raise_if_invalid(config, SAMPLES, one_valid)

@@ -6,7 +6,6 @@ import pytest
 from ml_collections import ConfigDict
 from werkzeug import Response
 
-from tests.feedback import chat_server
 from tests.feedback.terms.samples import sample
 from vlmrlaif_jax.feedback.terms import scorer, servers
 
@@ -17,11 +16,6 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-
-
 def score(cache, **term):
   config = scorer.default_config()
   config.terms = ConfigDict({"served": term})
@@ -30,8 +24,7 @@ def score(cache, **term):
   return scorer.score_samples(config, terms, SAMPLES, None)
 
 
-def test_a_judge_scores_from_0_to_1_and_is_asked_once(httpserver, tmp_path):
-  chat = chat_server.Chat(httpserver)
+def test_a_judge_scores_from_0_to_1_and_is_asked_once(chat, tmp_path):
   chat.judge = lambda prompt: {"yes": '{"score": 8}', "no": "Score: 2"}.get(
     prompt.split("Response: ")[1].split("\n")[0], "I cannot tell."
   )
@@ -43,8 +36,7 @@ def test_a_judge_scores_from_0_to_1_and_is_asked_once(httpserver, tmp_path):
   assert len(chat.requests) == 3
 
 
-def test_a_prompt_of_a_judge_reads_the_record(httpserver, tmp_path):
-  chat = chat_server.Chat(httpserver)
+def test_a_prompt_of_a_judge_reads_the_record(chat, tmp_path):
   chat.judge = lambda prompt: prompt
   settings = dict(
     url=chat.url, model="m", key_env="", prompt="Score: {record[level]} ({response})"

@@ -19,7 +19,7 @@ from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.feedback import claims, endpoint
 from vlmrlaif_jax.feedback.claims import CheckedAnswer
-from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery
+from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery, hide_videos
 from vlmrlaif_jax.feedback.replies.options import parse_yes_no
 from vlmrlaif_jax.feedback.terms import servers
 from vlmrlaif_jax.feedback.terms.functions import Outcome
@@ -167,7 +167,7 @@ def count_accepted_claims(
   """
   examples = [_make_example(sample) for sample in samples]
   responses = [[s.response] if s.response.strip() else [] for s in samples]
-  ask_text: AskFn = lambda queries: ask([each._replace(video=()) for each in queries])
+  ask_text = hide_videos(ask)
   checked = claims.check_claims(
     examples,
     responses,

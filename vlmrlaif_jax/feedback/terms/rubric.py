@@ -67,13 +67,7 @@ def make_rubric_term(
     cache: JSONL file of saved replies.
   """
   config = read_rubric_settings(kwargs)
-  server = endpoint.Endpoint(config, cache)
-
-  def ask(queries: Sequence[JudgeQuery]) -> Sequence[str | None]:
-    if not config.sees_video:
-      queries = [each._replace(video=()) for each in queries]
-    return server.ask(queries)
-
+  ask = servers.make_ask(config, cache)
   return lambda samples: score_by_rubric(samples, ask)
 
 

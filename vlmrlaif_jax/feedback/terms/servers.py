@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_at_least, subsection
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
+from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery, hide_videos
 from vlmrlaif_jax.feedback.replies.scores import parse_score
 from vlmrlaif_jax.feedback.terms.sample import Sample
 
@@ -70,6 +70,12 @@ def read_server_settings(kwargs: Mapping[str, Any], **own: Any) -> ConfigDict:
   return config
 
 
+def make_ask(config: ConfigDict, cache: pathlib.Path) -> AskFn:
+  """Returns the judge of a term, which sees videos if `config.sees_video`."""
+  ask = endpoint.Endpoint(config, cache).ask
+  return ask if config.sees_video else hide_videos(ask)
+
+
 # The judge.
 
 
@@ -107,10 +113,10 @@ def make_judge_term(
     cache: JSONL file of saved replies.
   """
   config = read_judge_settings(kwargs)
-  server = endpoint.Endpoint(config, cache)
+  ask = make_ask(config, cache)
 
   def score(samples: Sequence[Sample]) -> list[float | None]:
-    replies = server.ask([_make_judge_query(config, sample) for sample in samples])
+    replies = ask([_make_judge_query(config, sample) for sample in samples])
     scores = [parse_score(reply or "", high=config.high) for reply in replies]
     return [None if score is None else score / config.high for score in scores]
 
@@ -125,5 +131,4 @@ def _make_judge_query(config: ConfigDict, sample: Sample) -> JudgeQuery:
     record=sample.record,
     high=config.high,
   )
-  video = sample.video if config.sees_video else ()
-  return JudgeQuery(f"score:{sample.id}", video, prompt)
+  return JudgeQuery(f"score:{sample.id}", sample.video, prompt)

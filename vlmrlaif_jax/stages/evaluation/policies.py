@@ -24,7 +24,12 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
 )
 from vlmrlaif_jax.evals.text_similarity import Similarity
 from vlmrlaif_jax.feedback import endpoint, pairwise_judge
-from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, JudgeQuery, PairOutcome
+from vlmrlaif_jax.feedback.pairwise_judge import (
+  AnswerPair,
+  AskFn,
+  JudgeQuery,
+  PairOutcome,
+)
 from vlmrlaif_jax.runtime import answering, role_params, video
 from vlmrlaif_jax.runtime.rewarding import TextScorer
 from vlmrlaif_jax.runtime.run import Run
@@ -275,9 +280,9 @@ def make_judge(
     server, sees_video = config.endpoint, config.judge_sees_video
     sent = ("max_tokens", "temperature", *(("frames", "side") if sees_video else ()))
     facts = {"version": server.model, **{key: server[key] for key in sent}}
-    ask = endpoint.Endpoint(server, folder / "endpoint.jsonl").ask
+    ask: AskFn = endpoint.Endpoint(server, folder / "endpoint.jsonl").ask
+    ask = ask if sees_video else pairwise_judge.hide_videos(ask)
   else:
-    sees_video = True
     sampling = answering.SamplingSettings(
       config.judge_prompt_len, config.judge_max_new, config.batch
     )
@@ -286,16 +291,13 @@ def make_judge(
       "template": encoded.run.config.model.template,
     }
 
-    def ask(queries: Sequence[JudgeQuery]) -> list[str | None]:
+    def ask(queries):
       encoded.encode([query.video for query in queries])
       return answering.Answerer(encoded.run, variables, sampling).ask_judge(queries)
 
   def judge_cases(cases: Sequence[JudgeCase]) -> list[str | None]:
     encoded.run.watch.check("eval: answers and judgements so far are saved")
-    queries = [
-      JudgeQuery(f"rate:{c.id}", c.video if sees_video else (), c.prompt) for c in cases
-    ]
-    return ask(queries)
+    return [*ask([JudgeQuery(f"rate:{c.id}", c.video, c.prompt) for c in cases])]
 
   return CaseJudge(config.judge, facts, judge_cases)
 
