@@ -36,7 +36,7 @@ videos with CLIP's text tower:
 
 The judge is the SFT policy, or with --config.evaluate.judge=endpoint a server:
 
-  --config.evaluate.endpoint.url=URL --config.evaluate.endpoint.model=NAME
+  --config.judge.url=URL --config.judge.model=NAME
 
 WORKDIR/eval/NAME/POLICY/scores.json contains the scores and everything that affects
 them. `python tools/compare.py benchmarks A B` compares two of these files and warns of

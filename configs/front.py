@@ -6,7 +6,7 @@ code for values that the paper does not state. published.py derives other preset
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from configs.published import DERIVED, derive_preset
 from vlmrlaif_jax.core.files import flatten_settings
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.world import language
+from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.stages.evaluation import evaluate
@@ -41,7 +42,33 @@ def choose_preset(
     raise ValueError(f"preset must be one of {tuple(presets)}, not {preset!r}")
   config = presets[preset]()
   config.preset = preset
+  return share_judge(config)
+
+
+def share_judge(config: ConfigDict) -> ConfigDict:
+  """Adds the section `judge`, whose values all servers of judges have by default.
+
+  A setting of a subsection `endpoint` follows the setting of `judge` until it has a
+  value of its own. A value that a recipe sets stays.
+
+  Args:
+    config: A recipe with its sections, which is changed. Without a subsection
+      `endpoint`, nothing is added.
+  """
+  defaults, servers = endpoint.default_config(), list(_find_endpoints(config))
+  if servers and "judge" not in config:
+    config.judge = endpoint.default_config()
+  for server in servers:
+    for name, value in defaults.items():
+      if server[name] == value:
+        server[name] = config.judge.get_oneway_ref(name)
   return config
+
+
+def _find_endpoints(section: ConfigDict) -> Iterator[ConfigDict]:
+  for name, value in section.items():
+    if isinstance(value, ConfigDict):
+      yield from [value] if name == "endpoint" else _find_endpoints(value)
 
 
 def make_section(defaults: ConfigDict, **values: Any) -> ConfigDict:

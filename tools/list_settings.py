@@ -97,6 +97,9 @@ def list_blocks() -> Iterator[str]:
   for name, builder in SHARED.items():
     places = [place for place in list_subsections() if place.split(".")[-1] == name]
     yield f"## `{name}`\n\nA part of {format_code(places)}."
+    if name == "endpoint":
+      yield "The defaults are the values of the section [`judge`](#judge)."
+      continue
     rows = list_rows(read_builder(f"{places[0]}.", builder))
     yield make_table([[*row[:3], "", "", *row[5:]] for row in rows])
 
@@ -141,6 +144,7 @@ def list_sections() -> dict[str, Settings]:
     own = module.get(f"get_{stage.section}_config") or module["default_config"]
     builders[stage.section] = own
   builders["reward"] = scorer.default_config
+  builders["judge"] = endpoint.default_config
   return {name: read_builder(f"{name}.", make) for name, make in builders.items()}
 
 
@@ -156,6 +160,8 @@ def describe_readers(section: str) -> str:
     return "all stages"
   if section == "reward":
     return "`ppo`; by `grpo`, if its oracle is the reward; by `eval`, if it is there"
+  if section == "judge":
+    return "all stages whose judge is a server; a subsection `endpoint` overrides it"
   own = {stage.name for stage in load_stages().values() if stage.section == section}
   others = {
     stage.name

@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from tests.helpers import several
 from vlmrlaif_jax.core.files import flatten_settings
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
+from vlmrlaif_jax.recipes import validation
 
 ROOT = pathlib.Path(__file__).parents[2]
 SFT, PPO = (str(ROOT / "configs" / name) for name in ("sft.py", "ppo.py"))
@@ -134,6 +137,30 @@ def test_every_leaf_is_a_setting(launcher):
   keys = list(flatten_settings(launcher.load_recipe(SFT).to_dict()))
   assert {"seed", "mesh.fsdp", "data.sizes.sft", "sft.optimizer.b1"} <= set(keys)
   assert "sft" not in keys and "sft.optimizer" not in keys
+
+
+def test_one_flag_sets_the_judge_of_every_stage(launcher, monkeypatch):
+  argv = ["run", f"--config={ROOT / 'configs' / 'grpo.py'}"]
+  argv += [
+    "--config.evaluate.endpoint.model=other",
+    "--config.judge.url=http://localhost/v1",
+    "--config.judge.model=m",
+    "--config.judge.temperature=1",
+    "--config.judge.key_env=",
+  ]
+  monkeypatch.setattr(sys, "argv", argv)  # Flags of a config read overrides from it.
+  launcher.check_overrides(argv[1:])
+  parsed = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=parsed)
+  parsed(argv)
+  config = parsed["config"].value
+  assert config.is_locked
+  sections = (config.label, config.reward, config.grpo.oracle, config.evaluate)
+  servers = [section.endpoint for section in sections]
+  assert {each.url for each in servers} == {"http://localhost/v1"}
+  assert [each.model for each in servers] == ["m", "m", "m", "other"]
+  assert {(each.temperature, each.key_env) for each in servers} == {(1.0, "")}
+  validation.check_recipe(config)
 
 
 # As a user types it, all at once to save time.

@@ -243,6 +243,21 @@ def test_mesh_workers_and_further_stages_may_change(tmp_path):
   runner.check_workdir(config(mesh__tensor=2, data__workers=7), tmp_path)
 
 
+def test_a_server_that_no_stage_has_queried_may_change(tmp_path):
+  begin(tmp_path, config(reward__terms__judge={"kwargs": {"url": "http://c/v1"}}))
+  for stage in ("label", "ppo"):
+    (tmp_path / stage).mkdir()
+  kwargs = dict(reward__terms__judge={"kwargs": {"url": "http://c/v1"}})
+  made = config(label__endpoint__url="http://a/v1", **kwargs)
+  runner.check_workdir(made, tmp_path)
+  for other in (
+    config(label__endpoint__url="http://b/v1", **kwargs),
+    config(label__endpoint__url="http://a/v1", reward__endpoint__model="m", **kwargs),
+  ):
+    with pytest.raises(UserError, match="endpoint.(url|model): "):
+      runner.check_workdir(other, tmp_path)
+
+
 @pytest.mark.parametrize(
   "setting, value",
   [

@@ -79,20 +79,23 @@ class Endpoint:
 
   Args:
     config: Settings, see default_config.
-    cache: JSONL file of saved replies, see get_reply_path.
+    cache: JSONL file of saved replies, see get_reply_path. None saves nothing.
 
   Raises:
     ValueError: A setting is missing or out of range, or the key is not set.
   """
 
-  def __init__(self, config: ConfigDict, cache: str | os.PathLike):
+  def __init__(self, config: ConfigDict, cache: str | os.PathLike | None):
     check(config)
     self.counts: collections.Counter[str] = collections.Counter()
     self.failed_share = 0.0
     self._config = config
     self._decoding = threading.Lock()
-    self._path = get_reply_path(pathlib.Path(cache), distributed.process_index())
-    self._replies = read_replies(pathlib.Path(cache), self._path)
+    self._path: pathlib.Path | None = None
+    self._replies: dict[str, str] = {}
+    if cache is not None:
+      self._path = get_reply_path(pathlib.Path(cache), distributed.process_index())
+      self._replies = read_replies(pathlib.Path(cache), self._path)
     self._images = functools.lru_cache(maxsize=64)(self._encode)
     self._has_failed = self._has_replied = False  # Whether the server ever has.
 
@@ -191,7 +194,8 @@ class Endpoint:
       return QueryOutcome(None, failure, (*sent, event))
     self._replies[key] = reply
     try:
-      jsonl.append_jsonl(self._path, [{"key": key, "reply": reply}])
+      if self._path:
+        jsonl.append_jsonl(self._path, [{"key": key, "reply": reply}])
     except OSError:  # For example, a full disk. The next run sends the query again.
       sent += ("not saved",)
     return QueryOutcome(reply, "", sent)

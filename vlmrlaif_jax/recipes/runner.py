@@ -162,7 +162,8 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> bool:
   """Writes config.json and data.json after a comparison with those of earlier stages.
 
   Settings and files of stages that have not started may change. So may settings that do
-  not affect results; see resume_policy.FREE_SETTINGS. Files are compared by content, so
+  not affect results; see resume_policy.FREE_SETTINGS. So may a server that no stage
+  has queried. Files are compared by content, so
   that they may be moved. Sections of earlier recipes stay in config.json, because a
   recipe contains only the sections of its own stages.
 
@@ -193,6 +194,7 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> bool:
     for key, (old, new) in sorted(find_differences(before, now).items())
     if key.split(".")[0] in fixed & now.keys()
     and not resume_policy.is_free(key)
+    and not resume_policy.is_unused_server(key, before)
     and not data_files.is_unmoved_content(key, stored, hashes)
   ]
   if changed:

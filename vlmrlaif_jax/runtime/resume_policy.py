@@ -5,9 +5,12 @@ affects only rounding, because sums are computed in another order.
 """
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from vlmrlaif_jax.core.files import flatten_settings
 
 # Settings of sending requests to an endpoint; its model and prompts are fixed.
 _REQUEST_SETTINGS = "key_env concurrency timeout_s retries max_failed".split()
@@ -46,6 +49,28 @@ def is_free(key: str) -> bool:
   """
   fits = any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_SETTINGS)
   return fits and key not in FIXED_SETTINGS
+
+
+def is_unused_server(key: str, before: Mapping[str, Any]) -> bool:
+  """Returns whether a setting is of a judge's server that no stage has queried.
+
+  Such a server has no url in the config of the workdir. A url in a term of the reward
+  counts, because the term reads the other settings of `reward.endpoint`.
+
+  >>> is_unused_server("label.endpoint.model", {"label": {"endpoint": {"url": ""}}})
+  True
+
+  Args:
+    key: Dotted name of the setting.
+    before: The config of the workdir.
+  """
+  place, is_server, _ = key.rpartition(".endpoint.")
+  urls = [
+    value
+    for name, value in flatten_settings(before).items()
+    if name.startswith(f"{place}.") and name.endswith(".url")
+  ]
+  return bool(is_server) and not any(urls)
 
 
 def select_fixed_settings(section: ConfigDict, at: str) -> dict[str, Any]:

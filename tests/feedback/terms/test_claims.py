@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from tests.feedback.terms.samples import sample
 from vlmrlaif_jax.data.world import scene
 from vlmrlaif_jax.data.world.scene import Scene, SceneObject
+from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.terms import claims, scorer
 from vlmrlaif_jax.feedback.terms.claims import ClaimCounts
 
@@ -114,7 +115,7 @@ def test_a_server_judges_each_claim_once(chat, tmp_path):
 )
 def test_wrong_settings_of_claims_are_named(kwargs, message):
   with pytest.raises(ValueError, match=message):
-    claims.read_claims_settings(kwargs)
+    claims.read_claims_settings(kwargs, endpoint.default_config())
 
 
 def test_a_response_without_claims_has_the_value_0():

@@ -4,6 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.feedback.terms.samples import sample
+from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.terms import rubric, scorer
 from vlmrlaif_jax.feedback.terms.rubric import Criterion
 
@@ -65,4 +66,4 @@ def test_a_rubric_has_texts_or_weighted_criteria():
 
 def test_wrong_settings_of_a_rubric_are_named():
   with pytest.raises(ValueError, match="kwargs.modell must be one of"):
-    rubric.read_rubric_settings({"modell": "m"})
+    rubric.read_rubric_settings({"modell": "m"}, endpoint.default_config())

@@ -7,8 +7,10 @@ from ml_collections import ConfigDict
 from werkzeug import Response
 
 from tests.feedback.terms.samples import sample
+from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.terms import scorer, servers
 
+SOURCES = servers.JudgeSources(endpoint.default_config())
 SAMPLES = [
   sample(id="a", response="yes", record={"level": 3}, video=()),
   sample(id="b", response="no", video=()),
@@ -36,21 +38,21 @@ def test_a_judge_scores_from_0_to_1_and_is_asked_once(chat, tmp_path):
   assert len(chat.requests) == 3
 
 
-def test_a_prompt_of_a_judge_reads_the_record(chat, tmp_path):
+def test_a_prompt_of_a_judge_reads_the_record(chat):
   chat.judge = lambda prompt: prompt
   settings = dict(
     url=chat.url, model="m", key_env="", prompt="Score: {record[level]} ({response})"
   )
-  term = servers.make_judge_term(settings, tmp_path / "replies.jsonl")
+  term = servers.make_judge_term(settings, SOURCES)
   assert term(SAMPLES[:1]) == [0.3]
 
 
 def test_a_judge_without_a_place_for_the_response_is_named():
   settings = dict(url="http://localhost/v1", model="m", key_env="", prompt="Score?")
   with pytest.raises(ValueError, match="kwargs.prompt must contain {response}"):
-    servers.read_judge_settings(settings)
+    servers.read_judge_settings(settings, SOURCES.server)
   with pytest.raises(ValueError, match="kwargs.modell must be one of"):
-    servers.read_judge_settings({"modell": "m"})
+    servers.read_judge_settings({"modell": "m"}, SOURCES.server)
 
 
 def test_a_reward_server_gets_each_sample(httpserver, tmp_path):

@@ -57,6 +57,7 @@ def test_a_server_judges_pairs_too(run, monkeypatch):
       return ["\\boxed{8, 4}"] * len(queries)
 
   monkeypatch.setattr(judges.endpoint, "Endpoint", Server)
+  run.config.judges.server = True
   run.config.judges.endpoint.update(url="http://localhost", model="m-1")
   measured(run)
   found = json.loads((run.workdir / "judges" / "results.json").read_text())["labels"]

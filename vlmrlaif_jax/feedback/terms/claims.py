@@ -8,7 +8,6 @@ over its distinct claims, and the facts of the reference that it does not state.
 """
 
 import functools
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +23,7 @@ from vlmrlaif_jax.feedback.replies.options import parse_yes_no
 from vlmrlaif_jax.feedback.terms import servers
 from vlmrlaif_jax.feedback.terms.functions import Outcome
 from vlmrlaif_jax.feedback.terms.sample import Sample
+from vlmrlaif_jax.feedback.terms.servers import JudgeSources
 
 CLAIM_JUDGES = ("endpoint", "truth")
 STATES_PROMPT = (
@@ -45,10 +45,10 @@ def compute_claim_value(counts: ClaimCounts) -> float:
   return (counts.accepted - counts.denied) / max(sum(counts), 1)
 
 
-def read_claims_settings(kwargs: Mapping[str, Any]) -> ConfigDict:
+def read_claims_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigDict:
   """Returns the settings of the term `claims`, after a check.
 
-  They are those of endpoint.default_config, the "judge" ("endpoint" or "truth"), the
+  They are those of a server, the "judge" ("endpoint" or "truth"), the
   "style" of the prompts, and whether "missing" facts of the reference count.
 
   Raises:
@@ -56,7 +56,7 @@ def read_claims_settings(kwargs: Mapping[str, Any]) -> ConfigDict:
   """
   with subsection("kwargs"):
     config = servers.read_server_settings(
-      kwargs, judge="endpoint", style="paper", missing=True
+      kwargs, server, judge="endpoint", style="paper", missing=True
     )
     styles = claims.CLAIM_PROMPT_STYLES
     check_choices(config, {"judge": CLAIM_JUDGES, "style": styles})
@@ -66,7 +66,7 @@ def read_claims_settings(kwargs: Mapping[str, Any]) -> ConfigDict:
 
 
 def make_claims_term(
-  kwargs: Mapping[str, Any], cache: pathlib.Path
+  kwargs: Mapping[str, Any], sources: JudgeSources
 ) -> Callable[[Sequence[Sample]], list[Outcome]]:
   """Returns a function that scores samples by their claims.
 
@@ -74,14 +74,14 @@ def make_claims_term(
 
   Args:
     kwargs: See read_claims_settings.
-    cache: JSONL file of saved replies.
+    sources: The judges that may be selected.
   """
-  config = read_claims_settings(kwargs)
+  config = read_claims_settings(kwargs, sources.server)
   count = functools.partial(count_true_claims, has_missing=config.missing)
   if config.judge == "endpoint":
     count = functools.partial(
       count_accepted_claims,
-      ask=endpoint.Endpoint(config, cache).ask,
+      ask=endpoint.Endpoint(config, sources.cache).ask,
       prompts=claims.CLAIM_PROMPT_STYLES[config.style],
       has_missing=config.missing,
     )

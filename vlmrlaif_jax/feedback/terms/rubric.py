@@ -5,7 +5,6 @@ also verifies some criteria by code, shows no images to the judge and puts essen
 criteria first. This term has the judge alone, and weights.
 """
 
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from vlmrlaif_jax.feedback.replies.options import parse_yes_no
 from vlmrlaif_jax.feedback.terms import servers
 from vlmrlaif_jax.feedback.terms.functions import Outcome
 from vlmrlaif_jax.feedback.terms.sample import Sample
+from vlmrlaif_jax.feedback.terms.servers import JudgeSources
 
 WRITE_PROMPT = (
   "You are given a question about a video. Write at most five criteria for a good "
@@ -40,22 +40,22 @@ class Criterion(NamedTuple):
   weight: float = 1.0  # Above 0.
 
 
-def read_rubric_settings(kwargs: Mapping[str, Any]) -> ConfigDict:
+def read_rubric_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigDict:
   """Returns the settings of the term `rubric`, after a check.
 
-  They are those of endpoint.default_config, and "sees_video".
+  They are those of a server, and "sees_video".
 
   Raises:
     ValueError: A setting is unknown or wrong. The message starts with "kwargs.".
   """
   with subsection("kwargs"):
-    config = servers.read_server_settings(kwargs, sees_video=True)
+    config = servers.read_server_settings(kwargs, server, sees_video=True)
     endpoint.check(config)
   return config
 
 
 def make_rubric_term(
-  kwargs: Mapping[str, Any], cache: pathlib.Path
+  kwargs: Mapping[str, Any], sources: JudgeSources
 ) -> Callable[[Sequence[Sample]], list[Outcome]]:
   """Returns a function that scores samples by the criteria of their records.
 
@@ -64,10 +64,10 @@ def make_rubric_term(
 
   Args:
     kwargs: See read_rubric_settings.
-    cache: JSONL file of saved replies.
+    sources: The judges that may be selected.
   """
-  config = read_rubric_settings(kwargs)
-  ask = servers.make_ask(config, cache)
+  config = read_rubric_settings(kwargs, sources.server)
+  ask = servers.make_ask(config, sources)
   return lambda samples: score_by_rubric(samples, ask)
 
 

@@ -14,17 +14,19 @@ from vlmrlaif_jax.core.errors import (
   check_choices,
   subsection,
 )
+from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.terms import claims, functions, rubric, servers
 from vlmrlaif_jax.feedback.terms.functions import Limits
 from vlmrlaif_jax.feedback.terms.rules import REWARD_RULES
 from vlmrlaif_jax.feedback.terms.sample import Sample
+from vlmrlaif_jax.feedback.terms.servers import JudgeSources
 
 TermFunction: TypeAlias = Callable[[Sequence[Sample]], Any]
 
 REWARD_MODEL = "reward_model"  # Term that the trained reward model computes.
-# Terms of judges by name: (kwargs, file of replies) -> function of samples. It divides
-# the samples among the processes by itself.
-JUDGE_TERMS: dict[str, Callable[[Mapping[str, Any], pathlib.Path], TermFunction]] = {
+# Terms of judges by name: (kwargs, judges) -> function of samples. It divides the
+# samples among the processes by itself.
+JUDGE_TERMS: dict[str, Callable[[Mapping[str, Any], JudgeSources], TermFunction]] = {
   "judge": servers.make_judge_term,
   "claims": claims.make_claims_term,
   "rubric": rubric.make_rubric_term,
@@ -48,6 +50,8 @@ def default_config() -> ConfigDict:
         # Tokens of the response / data.response_len.
         length=dict(fn="length", weight=0.0),
       ),
+      # Server of the terms judge, claims and rubric; their "kwargs" override it.
+      endpoint=endpoint.default_config(),
       # "sum" of the weighted terms, or "group": each term is first normalized within
       # its group of responses (GDPO, 2601.05242), for GRPO only.
       combine="sum",
@@ -79,12 +83,12 @@ class RewardScores(NamedTuple):
   failures: dict[str, str]  # Reason of each term's first invalid sample.
 
 
-def load_terms(config: ConfigDict, cache: pathlib.Path) -> list[Term]:
+def load_terms(config: ConfigDict, cache: pathlib.Path | None) -> list[Term]:
   """Loads the functions of all terms with a weight.
 
   Args:
     config: The section `reward`.
-    cache: JSONL file of replies of judges.
+    cache: JSONL file of replies of judges. None saves nothing.
 
   Raises:
     ValueError: A setting of a term is invalid. The message starts with its name.
@@ -94,6 +98,7 @@ def load_terms(config: ConfigDict, cache: pathlib.Path) -> list[Term]:
     "endpoint": servers.request_rewards,
     **REWARD_RULES,
   }
+  sources = JudgeSources(config.endpoint, cache)
   terms = []
   for name, settings in config.terms.items():
     with subsection(f"terms.{name}"):
@@ -106,7 +111,7 @@ def load_terms(config: ConfigDict, cache: pathlib.Path) -> list[Term]:
         continue
       kwargs = settings.get("kwargs", ConfigDict()).to_dict()
       if text in JUDGE_TERMS:
-        judge = JUDGE_TERMS[text](kwargs, cache)
+        judge = JUDGE_TERMS[text](kwargs, sources)
         terms.append(Term(name, weight, judge, is_distributed=True))
         continue
       loaded = functions.load_function(text, builtin)
@@ -127,7 +132,7 @@ def check(config: ConfigDict) -> None:
   """
   check_choices(config, {"combine": COMBINATIONS})
   check_at_least(config, {"concurrency": 1, "timeout_s": 0, "max_invalid": 0})
-  if not load_terms(config, pathlib.Path("no_such_folder", "replies.jsonl")):
+  if not load_terms(config, cache=None):
     raise ValueError(
       "terms has no term with a weight: give one, or set terms.reward_model.weight=1"
     )

@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from ml_collections import ConfigDict
@@ -52,17 +52,28 @@ async def request_rewards(
     return scores
 
 
-def read_server_settings(kwargs: Mapping[str, Any], **own: Any) -> ConfigDict:
+class JudgeSources(NamedTuple):
+  """The judges that terms may select."""
+
+  server: ConfigDict  # Settings of a server, which the kwargs of a term override.
+  # JSONL file of the server's replies. None saves nothing.
+  cache: pathlib.Path | None = None
+
+
+def read_server_settings(
+  kwargs: Mapping[str, Any], server: ConfigDict, **own: Any
+) -> ConfigDict:
   """Returns the settings of a term: those of a server, and its own.
 
   Args:
     kwargs: Settings that differ from the defaults.
+    server: Defaults of the settings of the server.
     own: The term's own settings, with their defaults.
 
   Raises:
     ValueError: A setting is unknown. The message starts with its name.
   """
-  config = endpoint.default_config()
+  config = server.copy_and_resolve_references().unlock()
   config.update(own)
   for name in sorted(set(kwargs) - set(config)):
     raise ValueError(f"{name} must be one of {', '.join(sorted(config))}")
@@ -70,26 +81,28 @@ def read_server_settings(kwargs: Mapping[str, Any], **own: Any) -> ConfigDict:
   return config
 
 
-def make_ask(config: ConfigDict, cache: pathlib.Path) -> AskFn:
+def make_ask(config: ConfigDict, sources: JudgeSources) -> AskFn:
   """Returns the judge of a term, which sees videos if `config.sees_video`."""
-  ask = endpoint.Endpoint(config, cache).ask
+  ask = endpoint.Endpoint(config, sources.cache).ask
   return ask if config.sees_video else hide_videos(ask)
 
 
 # The judge.
 
 
-def read_judge_settings(kwargs: Mapping[str, Any]) -> ConfigDict:
+def read_judge_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigDict:
   """Returns the settings of the term `judge`, after a check.
 
-  They are those of endpoint.default_config, the "prompt" with {question}, {response},
+  They are those of a server, the "prompt" with {question}, {response},
   {answer} and {record}, the "high" score, and "sees_video".
 
   Raises:
     ValueError: A setting is unknown or wrong. The message starts with "kwargs.".
   """
   with subsection("kwargs"):
-    config = read_server_settings(kwargs, prompt=JUDGE_PROMPT, high=10, sees_video=True)
+    config = read_server_settings(
+      kwargs, server, prompt=JUDGE_PROMPT, high=10, sees_video=True
+    )
     endpoint.check(config)
     check_at_least(config, {"high": 1})
     if "{response}" not in config.prompt:
@@ -101,7 +114,7 @@ def read_judge_settings(kwargs: Mapping[str, Any]) -> ConfigDict:
 
 
 def make_judge_term(
-  kwargs: Mapping[str, Any], cache: pathlib.Path
+  kwargs: Mapping[str, Any], sources: JudgeSources
 ) -> Callable[[Sequence[Sample]], list[float | None]]:
   """Returns a function that scores samples from 0 to 1 by a judge on a server.
 
@@ -110,10 +123,10 @@ def make_judge_term(
 
   Args:
     kwargs: See read_judge_settings.
-    cache: JSONL file of saved replies.
+    sources: The judges that may be selected.
   """
-  config = read_judge_settings(kwargs)
-  ask = make_ask(config, cache)
+  config = read_judge_settings(kwargs, sources.server)
+  ask = make_ask(config, sources)
 
   def score(samples: Sequence[Sample]) -> list[float | None]:
     replies = ask([_make_judge_query(config, sample) for sample in samples])

@@ -123,7 +123,7 @@ def measure_correlations(
   config, correlations = run.config.judges, {}
   server = resume_policy.select_fixed_settings(config.endpoint, "judges.endpoint")
   settings = (config.prompt_len, config.max_new, config.both_orders)
-  facts = (run.config.model.prompts, *settings, server, run.config.seed)
+  facts = (run.config.model.prompts, *settings, run.config.seed)
   resampling = Resampling(seed=run.config.seed, resamples=config.resamples)
   for name, (score, variables) in judges.items():
 
@@ -136,7 +136,10 @@ def measure_correlations(
       run.watch.wrap_blocks(make_rows),
       count=len(groups),
       batch=config.batch,
-      fingerprint=resumable.compute_fingerprint(variables, facts, list(groups)),
+      # The judge without variables is the server.
+      fingerprint=resumable.compute_fingerprint(
+        variables, facts, {} if variables else server, list(groups)
+      ),
     )
     correlations[name] = {
       way: judge_agreement.correlate_with_people(

@@ -56,7 +56,8 @@ def default_config() -> ConfigDict:
       videos="",  # Folder of the videos or images of both files.
       groups=100,  # Maximum questions whose answers the ground truth scores.
       both_orders=True,  # Whether judges score each pair in both orders.
-      endpoint=endpoint.default_config(),  # An additional judge, if it has a url.
+      server=False,  # Whether the server of `endpoint` is an additional judge.
+      endpoint=endpoint.default_config(),
     )
   )
 
@@ -69,7 +70,7 @@ def check(config: ConfigDict) -> None:
     check_at_least(
       section, {"resamples": 1, "groups": 0, "prompt_len": 1, "max_new": 1}
     )
-    if section.endpoint.url:
+    if section.server:
       with subsection("endpoint"):
         endpoint.check(section.endpoint)
 
@@ -215,7 +216,7 @@ def load_available_judges(
     if name != "sft":
       ask = make_ask_fn(variables)
       judges[name] = (make_judge(ask, style), make_scorer(run, ask, style), variables)
-  if config.endpoint.url:
+  if config.server:
     ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
     style = JUDGE_STYLES["paper"]
     judges["endpoint"] = (make_judge(ask, style), make_scorer(run, ask, style), {})

@@ -158,7 +158,7 @@ def label_claims(
     fingerprint=resumable.compute_fingerprint(
       {"policy": frozen["ref"], "labeler": variables},
       sampling.cache_key(),
-      resume_policy.select_fixed_settings(config, "claims"),
+      _select_fixed_settings(config),
       run.config.seed,
       facts,
     ),
@@ -167,6 +167,19 @@ def label_claims(
     ),
   )
   return write_claim_pairs(run, stage, examples, rows, folder, log)
+
+
+def _select_fixed_settings(config: ConfigDict) -> dict[str, Any]:
+  """Returns the settings that answers and labels depend on, by name.
+
+  Those of the server are included only if it is used.
+  """
+  fixed = resume_policy.select_fixed_settings(config, "claims")
+  if "endpoint" in (config.splitter, config.labeler):
+    return fixed
+  return {
+    key: value for key, value in fixed.items() if not key.startswith("claims.endpoint.")
+  }
 
 
 def make_labeler(run: Run, folder: pathlib.Path) -> tuple[ClaimLabeler, Params]:
