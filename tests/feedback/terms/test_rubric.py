@@ -8,6 +8,8 @@ from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.terms import rubric, scorer
 from vlmrlaif_jax.feedback.terms.rubric import Criterion
 
+WRONG = [{"weight": 0}, {"regex": 3}, {"criterion": 1}, {"text": "a"}]
+
 
 def reply(prompt):
   """Writes two criteria, and accepts those whose text is in the response."""
@@ -56,10 +58,23 @@ def test_the_judge_writes_missing_criteria_once(chat, tmp_path):
   assert result.failures["rubric"] == "the judge wrote no readable criteria"
 
 
+def test_a_criterion_with_a_pattern_takes_no_query(chat, tmp_path):
+  ends = {"criterion": "Ends with a period.", "regex": r"\.$", "weight": 3}
+  samples = [
+    sample(response="A dog.", record={"rubric": [ends, "red"]}, video=()),
+    sample(response="red", record={"rubric": [ends]}, video=()),
+    sample(response="red", record={"rubric": [ends | {"regex": "("}]}, video=()),
+  ]
+  result = score(chat, tmp_path, samples)
+  assert result.raw["rubric"].tolist()[:2] == [0.75, 0]
+  assert not result.valid[2] and len(chat.requests) == 1
+  assert "regular expression of Python, not '('" in result.failures["rubric"]
+
+
 def test_a_rubric_has_texts_or_weighted_criteria():
-  parsed = rubric.parse_rubric(["a", {"criterion": "b", "weight": 2}])
-  assert parsed == [Criterion("a", 1.0), Criterion("b", 2.0)]
-  for wrong in ("a", [], [3], [{"criterion": "a", "weight": 0}], [{"text": "a"}]):
+  parsed = rubric.parse_rubric(["a", {"criterion": "b", "weight": 2, "regex": "b"}])
+  assert parsed == [Criterion("a", 1.0), Criterion("b", 2.0, "b")]
+  for wrong in ("a", [], [3], *([{"criterion": "a", **each}] for each in WRONG)):
     with pytest.raises(ValueError, match="rubric must "):
       rubric.parse_rubric(wrong)
 

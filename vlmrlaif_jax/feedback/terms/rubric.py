@@ -1,10 +1,11 @@
 """The term `rubric`: judges each criterion of a rubric by yes or no (2605.30244).
 
 The value of a response is the weighted share of the criteria that it meets. The paper
-also verifies some criteria by code, shows no images to the judge and puts essential
-criteria first. This term has the judge alone, and weights.
+verifies some criteria by code, as a regular expression does here. It also shows no
+images to the judge and puts essential criteria first, in place of weights.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Criterion(NamedTuple):
 
   text: str
   weight: float = 1.0  # Above 0.
+  regex: str = ""  # Pattern that a response which meets it contains; "": the judge.
 
 
 def read_rubric_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigDict:
@@ -92,15 +94,21 @@ def score_by_rubric(samples: Sequence[Sample], ask: AskFn) -> list[Outcome]:
     for i, (sample, rubric) in enumerate(zip(samples, rubrics, strict=True))
     if not isinstance(rubric, str)
     for criterion in rubric
+    if not criterion.regex
   }
   replies = dict(zip(queries, ask([*queries.values()]), strict=True))
+
+  def decide(i: int, criterion: Criterion) -> bool | None:
+    if criterion.regex:
+      return re.search(criterion.regex, samples[i].response) is not None
+    return parse_yes_no(replies[i, criterion] or "")
 
   def score(i: int, rubric: Sequence[Criterion] | str) -> Outcome:
     if isinstance(rubric, str):
       return Outcome(None, rubric)
     met = 0.0
     for criterion in rubric:
-      verdict = parse_yes_no(replies[i, criterion] or "")
+      verdict = decide(i, criterion)
       if verdict is None:
         return Outcome(None, f"the judge gave no yes or no on {criterion.text!r}")
       met += criterion.weight * verdict
@@ -113,10 +121,11 @@ def parse_rubric(rubric: Any) -> list[Criterion]:
   """Returns the criteria of the field "rubric" of a record.
 
   Args:
-    rubric: Texts, or mappings with a "criterion" and its "weight" (by default 1).
+    rubric: Texts, or mappings with a "criterion", its "weight" (by default 1) and the
+      "regex" of a criterion that the judge does not decide.
 
   Raises:
-    ValueError: It has another form, or a weight is not above 0.
+    ValueError: It has another form, a weight is not above 0, or a pattern is invalid.
   """
   if not isinstance(rubric, Sequence) or isinstance(rubric, str) or not rubric:
     raise ValueError(f"rubric must be a list of criteria, not {rubric!r}")
@@ -125,12 +134,21 @@ def parse_rubric(rubric: Any) -> list[Criterion]:
 
 def _parse_criterion(item: Any) -> Criterion:
   fields = {"criterion": item} if isinstance(item, str) else item
-  if not isinstance(fields, Mapping) or set(fields) - {"criterion", "weight"}:
-    raise ValueError(f"rubric must have texts, or criterion and weight, not {item!r}")
+  if not isinstance(fields, Mapping) or set(fields) - {"criterion", "weight", "regex"}:
+    raise ValueError(
+      f"rubric must have texts, or criterion, weight and regex, not {item!r}"
+    )
   text, weight = fields.get("criterion"), fields.get("weight", 1.0)
   if not isinstance(text, str) or not isinstance(weight, int | float) or not weight > 0:
     raise ValueError(f"rubric must have a text and a weight above 0, not {item!r}")
-  return Criterion(text, float(weight))
+  regex = fields.get("regex", "")
+  try:
+    re.compile(regex)
+  except (re.error, TypeError) as error:
+    raise ValueError(
+      f"rubric must have a regular expression of Python, not {regex!r}: {error}"
+    ) from error
+  return Criterion(text, float(weight), regex)
 
 
 def _find_rubrics(
