@@ -49,7 +49,8 @@ def test_shipped_recipes_have_the_sections_that_their_stages_read(name, preset):
   stages = [get_stage(stage) for stage in validation.list_stages(made)]
   read = {section for s in stages for section in (s.section, *s.reads(made))}
   sections = {key for key, value in made.items() if isinstance(value, ConfigDict)}
-  assert sections == read | {"mesh", "model", "data"}
+  shared = {"mesh", "model", "data"} | (sections & {"judge"})
+  assert sections == read | shared
   assert (made.recipe, made.preset) == (name, preset)
 
 
@@ -83,6 +84,15 @@ def test_sections_that_no_setting_asks_for_may_be_missing():
   made = config(("dpo", "eval"), evaluate__held_out__judge=False)
   del made.claims, made.label
   check(validation.check_sections, made)
+
+
+def test_ppo_ranks_groups_of_several_responses():
+  server = dict(url="http://localhost/v1", model="m", key_env="")
+  made = config(("ppo",), reward__terms__rank={"kwargs": server})
+  with pytest.raises(UserError, match="reward.terms.rank .*--config.ppo.samples=4"):
+    get_stage("ppo").check_settings(made)
+  made.ppo.samples = 2
+  get_stage("ppo").check_settings(made)
 
 
 def test_a_recipe_must_set_what_has_no_default():

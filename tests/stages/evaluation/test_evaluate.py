@@ -268,6 +268,17 @@ def test_reward_model_scores_each_policys_answers(run_of, tmp_path, asked):
   assert found == pytest.approx(expected)
 
 
+def test_a_reward_that_no_answer_has_is_explained(run_of, tmp_path, asked):
+  def score_none(run, examples, texts, stopped):
+    invalid = np.full(len(texts), np.nan)
+    return RewardScores(invalid, np.isfinite(invalid), {}, {}, {"rank": "Because.\n"})
+
+  run, said = run_of(), io.StringIO()
+  run_stage(run, {"sft": WRONG}, score_none, stream=said)
+  assert "eval: no answer has a reward: rank: Because." in said.getvalue()
+  assert "reward" not in results_of(run)["policies"]["sft"]
+
+
 def test_question_that_does_not_fit_is_left_out_and_told_of(run_of, tmp_path, asked):
   run, said = run_of(), io.StringIO()
   run.splits.benchmark[3]["question"] = LONG

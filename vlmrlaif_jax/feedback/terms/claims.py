@@ -9,12 +9,11 @@ over its distinct claims, and the facts of the reference that it does not state.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices, subsection
-from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.feedback import claims, endpoint
 from vlmrlaif_jax.feedback.claims import CheckedAnswer
@@ -22,7 +21,7 @@ from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery, hide_videos
 from vlmrlaif_jax.feedback.replies.options import parse_yes_no
 from vlmrlaif_jax.feedback.terms import servers
 from vlmrlaif_jax.feedback.terms.functions import Outcome
-from vlmrlaif_jax.feedback.terms.sample import Sample
+from vlmrlaif_jax.feedback.terms.sample import Sample, make_example
 from vlmrlaif_jax.feedback.terms.servers import JudgeSources
 
 CLAIM_JUDGES = ("endpoint", "truth")
@@ -165,7 +164,7 @@ def count_accepted_claims(
   Returns:
     The counts of each sample; the reason for a reply that cannot be read.
   """
-  examples = [_make_example(sample) for sample in samples]
+  examples = [make_example(sample) for sample in samples]
   responses = [[s.response] if s.response.strip() else [] for s in samples]
   ask_text = hide_videos(ask)
   checked = claims.check_claims(
@@ -184,17 +183,6 @@ def count_accepted_claims(
     _count_verdicts(rows[0] if rows else CheckedAnswer("no_claims"), number)
     for rows, number in zip(checked, missing, strict=True)
   ]
-
-
-def _make_example(sample: Sample) -> Example:
-  return {
-    "id": sample.id,
-    "video": cast(Any, sample.video),  # As in the record.
-    "question": sample.prompt,
-    "answer": sample.answer,
-    "source": "",
-    "turns": [],
-  }
 
 
 def _count_missing(

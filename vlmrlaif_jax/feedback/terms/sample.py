@@ -3,8 +3,9 @@
 import functools
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.video import (
   ByCount,
   Frames,
@@ -45,6 +46,18 @@ class Sample(NamedTuple):
       VideoError: A video cannot be read.
     """
     return [_read_cached(_freeze(path), count) for path in list_media(self.video)]
+
+
+def make_example(sample: Sample) -> Example:
+  """Returns the example whose response a sample is, without the other fields."""
+  return {
+    "id": sample.id,
+    "video": cast(Any, sample.video),  # As in the record.
+    "question": sample.prompt,
+    "answer": sample.answer,
+    "source": "",
+    "turns": [],
+  }
 
 
 def make_seed(seed: int, id: str, response: str) -> int:

@@ -15,7 +15,7 @@ from vlmrlaif_jax.core.errors import (
   subsection,
 )
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.feedback.terms import claims, functions, rubric, servers
+from vlmrlaif_jax.feedback.terms import claims, functions, rank, rubric, servers
 from vlmrlaif_jax.feedback.terms.functions import Limits
 from vlmrlaif_jax.feedback.terms.rules import REWARD_RULES
 from vlmrlaif_jax.feedback.terms.sample import Sample
@@ -30,7 +30,9 @@ JUDGE_TERMS: dict[str, Callable[[Mapping[str, Any], JudgeSources], TermFunction]
   "judge": servers.make_judge_term,
   "claims": claims.make_claims_term,
   "rubric": rubric.make_rubric_term,
+  "rank": rank.make_rank_term,
 }
+GROUP_TERMS = ("rank",)  # Terms that compare the responses to one prompt.
 EPSILON = 1e-4  # Added to the deviation of a group, as in GRPO.
 MAX_IDS = 5  # Ids of invalid samples in a message.
 
@@ -50,7 +52,7 @@ def default_config() -> ConfigDict:
         # Tokens of the response / data.response_len.
         length=dict(fn="length", weight=0.0),
       ),
-      # Server of the terms judge, claims and rubric; their "kwargs" override it.
+      # Server of the terms judge, claims, rubric and rank; their "kwargs" override it.
       endpoint=endpoint.default_config(),
       # "sum" of the weighted terms, or "group": each term is first normalized within
       # its group of responses (GDPO, 2601.05242), for GRPO only.
@@ -60,6 +62,15 @@ def default_config() -> ConfigDict:
       max_invalid=0.5,  # Share of a batch's invalid samples above which a run stops.
     )
   )
+
+
+class _TermSettings(NamedTuple):
+  """The settings of a term with a weight."""
+
+  name: str
+  fn: str
+  weight: float
+  kwargs: dict[str, Any]
 
 
 class Term(NamedTuple):
@@ -99,17 +110,15 @@ def load_terms(config: ConfigDict, cache: pathlib.Path | None) -> list[Term]:
     **REWARD_RULES,
   }
   sources = JudgeSources(config.endpoint, cache)
-  terms = []
   for name, settings in config.terms.items():
+    if unknown := set(settings) - {"fn", "weight", "kwargs"}:
+      raise ValueError(
+        f"terms.{name}.{unknown.pop()} is no setting of a term: give fn, weight and "
+        "kwargs"
+      )
+  terms = []
+  for name, text, weight, kwargs in _list_active_terms(config):
     with subsection(f"terms.{name}"):
-      if unknown := set(settings) - {"fn", "weight", "kwargs"}:
-        raise ValueError(
-          f"{unknown.pop()} is no setting of a term: give fn, weight and kwargs"
-        )
-      weight, text = float(settings.get("weight", 1.0)), settings.get("fn", name)
-      if not weight:
-        continue
-      kwargs = settings.get("kwargs", ConfigDict()).to_dict()
       if text in JUDGE_TERMS:
         judge = JUDGE_TERMS[text](kwargs, sources)
         terms.append(Term(name, weight, judge, is_distributed=True))
@@ -118,6 +127,20 @@ def load_terms(config: ConfigDict, cache: pathlib.Path | None) -> list[Term]:
       function = functions.bind_arguments(loaded, text, kwargs)
       terms.append(Term(name, weight, None if text == REWARD_MODEL else function))
   return terms
+
+
+def _list_active_terms(config: ConfigDict) -> list[_TermSettings]:
+  """Returns the settings of the terms whose weight is not 0."""
+  return [
+    _TermSettings(
+      name,
+      settings.get("fn", name),
+      float(settings.get("weight", 1.0)),
+      settings.get("kwargs", ConfigDict()).to_dict(),
+    )
+    for name, settings in config.terms.items()
+    if settings.get("weight", 1.0)
+  ]
 
 
 def _raise_not_computed(samples: Sequence[Sample]) -> list[float | None]:
@@ -140,10 +163,13 @@ def check(config: ConfigDict) -> None:
 
 def has_model_term(config: ConfigDict) -> bool:
   """Returns whether the section `reward` has a term of the reward model."""
-  return any(
-    settings.get("fn", name) == REWARD_MODEL and settings.get("weight", 1.0)
-    for name, settings in config.terms.items()
-  )
+  return any(term.fn == REWARD_MODEL for term in _list_active_terms(config))
+
+
+def find_group_term(config: ConfigDict) -> str:
+  """Returns the name of a term that compares responses to one prompt, "" without."""
+  terms = _list_active_terms(config)
+  return next((term.name for term in terms if term.fn in GROUP_TERMS), "")
 
 
 def score_samples(

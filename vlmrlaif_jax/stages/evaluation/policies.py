@@ -143,6 +143,12 @@ class Policy:
     run, _ = self._get_sampling(questions)
     texts, stopped = [r.text for r in replies], [r.stopped for r in replies]
     result = self.encoded.reward(run, examples, texts, stopped)
+    if texts and not result.valid.any():
+      reasons = "; ".join(
+        f"{term}: {why.rstrip().splitlines()[-1]}"
+        for term, why in result.failures.items()
+      )
+      self.encoded.log.print_note(f"eval: no answer has a reward: {reasons}")
     pairs = zip(result.scores.tolist(), result.valid, strict=True)
     return [score if valid else None for score, valid in pairs]
 

@@ -48,6 +48,12 @@ def check(config: ConfigDict) -> None:
         "combine='group' normalizes within groups, which PPO does not have: set "
         "--config.reward.combine=sum"
       )
+    name = scorer.find_group_term(config.reward)
+    if name and config.ppo.samples == 1:
+      raise ValueError(
+        f"terms.{name} compares the responses to one prompt, but PPO samples one: set "
+        f"--config.ppo.samples=4, or --config.reward.terms.{name}.weight=0"
+      )
 
 
 def get_batch_rows(config: ConfigDict) -> dict[str, RowSplit]:
