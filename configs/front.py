@@ -250,15 +250,18 @@ def rm_7b() -> ConfigDict:
   )
 
 
-def make_reward(stop: float = -1.0, length: float = 0.0) -> ConfigDict:
-  """Returns the section `reward`: the reward model and two rules.
+def reward_tiny() -> ConfigDict:
+  """Returns the section `reward` of the preset tiny: the reward model and a rule."""
+  return make_section(
+    scorer.default_config(), self_judge=dict(prompt_len=512, max_new=96)
+  )
 
-  Args:
-    stop: Weight of the rule about responses without EOS; 0 disables it.
-    length: Weight of the rule about the length; 0 disables it.
-  """
-  terms = {"stop": {"weight": stop}, "length": {"weight": length}}
-  return make_section(scorer.default_config(), terms=terms)
+
+def reward_7b() -> ConfigDict:
+  """Returns the section `reward` of the preset 7b: the reward model and a rule."""
+  return make_section(
+    scorer.default_config(), self_judge=dict(prompt_len=6144, max_new=512)
+  )
 
 
 def evaluate_tiny() -> ConfigDict:

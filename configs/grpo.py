@@ -18,7 +18,7 @@ def tiny() -> ConfigDict:
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.rm = front.rm_tiny()
-  config.reward = front.make_reward()
+  config.reward = front.reward_tiny()
   config.grpo = front.make_section(
     grpo.default_config(),
     steps=30,
@@ -43,7 +43,7 @@ def llava_7b() -> ConfigDict:
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
-  config.reward = front.make_reward()
+  config.reward = front.reward_7b()
   config.grpo = front.make_section(
     grpo.default_config(),
     steps=1544,

@@ -25,7 +25,7 @@ def tiny() -> ConfigDict:
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.rm = front.rm_tiny()
-  config.reward = front.make_reward()
+  config.reward = front.reward_tiny()
   config.ppo = front.make_section(
     ppo.default_config(),
     steps=30,
@@ -47,7 +47,7 @@ def llava_7b() -> ConfigDict:
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
-  config.reward = front.make_reward(stop=-8.0, length=-10.0)
+  config.reward = weigh_rules(front.reward_7b())
   config.ppo = front.make_section(
     ppo.default_config(),
     steps=386,
@@ -65,6 +65,13 @@ def llava_7b() -> ConfigDict:
   return config
 
 
+def weigh_rules(reward: ConfigDict) -> ConfigDict:
+  """Changes a section `reward` to the weights of the rules in VLM-RLAIF's code."""
+  reward.terms.stop.weight = -8.0
+  reward.terms.length.weight = -10.0
+  return reward
+
+
 def follow_reference(config: ConfigDict) -> ConfigDict:
   """Changes a config to follow VLM-RLAIF's released code.
 
@@ -77,7 +84,7 @@ def follow_reference(config: ConfigDict) -> ConfigDict:
     reward_scale=10.0,
     lam=1.0,
   )
-  config.reward = front.make_reward(stop=-8.0, length=-10.0)
+  weigh_rules(config.reward)
   return config
 
 

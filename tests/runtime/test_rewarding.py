@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import rewarding, role_params, scoring
 
 
@@ -34,3 +35,29 @@ def test_texts_are_scored_by_the_terms_of_training(one, example):
   config.reward.terms.exact_match = {"weight": 2.0}
   score = rewarding.make_text_scorer(one._replace(config=config))
   assert score(one, [example] * 2, texts, stopped).scores.tolist() == [2, -1]
+
+
+def test_the_policy_judges_what_fits_and_the_setting_is_named(one, example, capsys):
+  config = one.config.copy_and_resolve_references().reward
+  config.self_judge.update(prompt_len=64, max_new=3, batch=2)
+  ask = rewarding.make_self_judge(one, config)
+  texts = ["Is it red?", "Is it red? " * 40, "Is it red?", "Is it blue?"]
+  queries = [JudgeQuery(f"{i}", example["video"], t) for i, t in enumerate(texts)]
+  first, too_long, again, other = ask(queries)
+  assert too_long is None and first == again
+  assert isinstance(first, str) and isinstance(other, str)
+  line = "1 of 3 prompts of the judge are longer than --config.reward.self_judge.prompt"
+  assert line in capsys.readouterr().out
+
+
+def test_the_policy_is_loaded_for_a_term_that_it_judges(one, monkeypatch):
+  config = one.config.copy_and_resolve_references().reward
+  loaded = []
+  monkeypatch.setattr(
+    rewarding.role_params, "load_judge", lambda run, n: loaded.append(n)
+  )
+  rewarding.load_reward_terms(one, config, one.workdir / "endpoint.jsonl")
+  assert loaded == []
+  config.terms.rank = {"kwargs": {"judge": "self"}}
+  rewarding.load_reward_terms(one, config, one.workdir / "endpoint.jsonl")
+  assert loaded == ["sft"]

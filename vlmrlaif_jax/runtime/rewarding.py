@@ -1,25 +1,87 @@
-"""Samples of a run for the terms of its reward, and the scores of texts."""
+"""Samples of a run for the terms of its reward, the terms, and the scores of texts."""
 
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Int
+from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.types import is_stop
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.templates import show_media
+from vlmrlaif_jax.feedback.pairwise_judge import (
+  AskFn,
+  JudgeQuery,
+  ask_unique,
+  make_query_key,
+)
 from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.feedback.terms.sample import Sample, make_seed
-from vlmrlaif_jax.feedback.terms.scorer import RewardScores
-from vlmrlaif_jax.runtime import role_params, scoring
+from vlmrlaif_jax.feedback.terms.scorer import RewardScores, Term
+from vlmrlaif_jax.runtime import answering, role_params, scoring, workloads
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import DeviceFunction
 
 # Scores a text as the response to each example, which may have no EOS:
 # (run, examples, texts, whether each has EOS) -> scores.
 TextScorer: TypeAlias = Callable[
   [Run, Sequence[Mapping[str, Any]], Sequence[str], Sequence[bool]], RewardScores
 ]
+
+
+def load_reward_terms(run: Run, config: ConfigDict, cache: pathlib.Path) -> list[Term]:
+  """Loads the terms of a reward, and the SFT policy if it judges one of them.
+
+  Args:
+    run: The run.
+    config: The section `reward`.
+    cache: JSONL file of replies of servers.
+  """
+  ask = make_self_judge(run, config) if scorer.has_self_judge(config) else None
+  return scorer.load_terms(config, cache, ask)
+
+
+def make_self_judge(run: Run, config: ConfigDict) -> AskFn:
+  """Returns the SFT policy of the workdir as the judge of terms, at temperature 0.
+
+  A query whose prompt is too long has no reply. A line gives their number.
+
+  Args:
+    run: The run.
+    config: The section `reward`, whose `self_judge` has the lengths.
+  """
+  lengths = config.self_judge
+  sampling = answering.SamplingSettings(
+    lengths.prompt_len, lengths.max_new, lengths.batch
+  )
+  judge = answering.Answerer(run, role_params.load_judge(run, "sft"), sampling)
+
+  def ask(queries: Sequence[JudgeQuery]) -> list[str | None]:
+    replies = ask_unique(judge.ask_judge, queries)
+    if too_long := sum(reply is None for reply in replies.values()):
+      distributed.print_once(
+        f"reward: {too_long} of {len(replies)} prompts of the judge are longer than "
+        f"--config.reward.self_judge.prompt_len={lengths.prompt_len}; their samples "
+        "have no score"
+      )
+    return [replies[make_query_key(query)] for query in queries]
+
+  return ask
+
+
+def plan_self_judge(run: Run, rows: int) -> list[DeviceFunction]:
+  """Returns the device functions of a judge "self" with a query for each response.
+
+  Args:
+    run: The run.
+    rows: Responses of a step.
+  """
+  if not scorer.has_self_judge(run.config.reward):
+    return []
+  return [workloads.make_judge_function(run, run.config.reward.self_judge, rows)]
 
 
 def make_batch_samples(
@@ -57,7 +119,7 @@ def make_text_scorer(run: Run) -> TextScorer | None:
   settings.combine = "sum"  # There are no groups.
   if scorer.has_model_term(settings) and not has_model:
     return None
-  terms = scorer.load_terms(settings, run.workdir / "endpoint.jsonl")
+  terms = load_reward_terms(run, settings, run.workdir / "endpoint.jsonl")
   variables = None
   if scorer.has_model_term(settings):
     variables = role_params.load_reward_model(run)

@@ -108,7 +108,7 @@ def test_a_server_judges_each_claim_once(chat, tmp_path):
 @pytest.mark.parametrize(
   ("kwargs", "message"),
   [
-    ({"judge": "self"}, "kwargs.judge must be one of endpoint, truth, not 'self'"),
+    ({"judge": "me"}, "kwargs.judge must be one of endpoint, self, truth, not 'me'"),
     ({}, "kwargs.url must be like"),
     ({"judge": "truth", "stile": "paper"}, "kwargs.stile must be one of"),
   ],

@@ -9,6 +9,7 @@ from werkzeug import Response
 from tests.feedback.terms.samples import sample
 from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.terms import scorer, servers
+from vlmrlaif_jax.feedback.terms.functions import Outcome
 
 SOURCES = servers.JudgeSources(endpoint.default_config())
 SAMPLES = [
@@ -44,7 +45,7 @@ def test_a_prompt_of_a_judge_reads_the_record(chat):
     url=chat.url, model="m", key_env="", prompt="Score: {record[level]} ({response})"
   )
   term = servers.make_judge_term(settings, SOURCES)
-  assert term(SAMPLES[:1]) == [0.3]
+  assert term(SAMPLES[:1]) == [Outcome(0.3)]
 
 
 def test_a_judge_without_a_place_for_the_response_is_named():

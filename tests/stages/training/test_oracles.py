@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import zlib
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from werkzeug import Response
 
 from tests.feedback.chat_server import PATH, completion
@@ -192,6 +194,31 @@ def test_grpo_logs_what_a_generative_judge_was_asked(one, tmp_path):
   # Random weights give no verdict, so nothing is learned.
   assert line["judge_unread"] == (line["judge_calls"] > 0)
   assert line["learned"] == 0
+
+
+def answer_about_claims(run, variables, requests, sampling, *, seed):
+  """A judge that finds one claim in a text, and accepts it half of the time."""
+  assert (sampling.prompt_len, sampling.max_new) == (300, 16)
+  replies = {"List": "- It is red.", "Turn": "- Is it red?", "Does": "yes"}
+  texts = [
+    replies.get(r.prompt.split()[0], "Yes." if zlib.crc32(r.id.encode()) % 2 else "No.")
+    for r in requests
+  ]
+  return [[answering.VideoReply(text, True)] for text in texts]
+
+
+def test_the_policy_judges_the_claims_of_its_own_responses(one, tmp_path, monkeypatch):
+  monkeypatch.setattr(answering, "answer_requests", answer_about_claims)
+  run = with_oracle(one, tmp_path / "claims", kind="reward")
+  settings = {"judge": "self", "style": "brief"}
+  run.config.reward.terms = ConfigDict({"claims": {"kwargs": settings}})
+  run.config.reward.self_judge.update(prompt_len=300, max_new=16, batch=4)
+  run_stage(run, "grpo")
+  [line] = small.metrics(run.workdir / "grpo")
+  assert line["invalid"] == 0 and np.isfinite(line["loss"])
+  assert -1 <= line["terms/claims"] <= 1
+  [judge] = grpo._make_judge_functions(run, run.config.grpo)
+  assert judge.name == "judge"
 
 
 def test_verdicts_are_of_prompts_that_ask_for_one(one, tmp_path):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices, subsection
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.feedback import claims, endpoint
+from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.feedback.claims import CheckedAnswer
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery, hide_videos
 from vlmrlaif_jax.feedback.replies.options import parse_yes_no
@@ -24,7 +24,7 @@ from vlmrlaif_jax.feedback.terms.functions import Outcome
 from vlmrlaif_jax.feedback.terms.sample import Sample, make_example
 from vlmrlaif_jax.feedback.terms.servers import JudgeSources
 
-CLAIM_JUDGES = ("endpoint", "truth")
+CLAIM_JUDGES = (*servers.TERM_JUDGES, "truth")
 STATES_PROMPT = (
   "Does the text state the fact below, in whatever words? Please answer yes or no.\n"
   "Text: {response}\nFact: {fact}"
@@ -47,20 +47,17 @@ def compute_claim_value(counts: ClaimCounts) -> float:
 def read_claims_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigDict:
   """Returns the settings of the term `claims`, after a check.
 
-  They are those of a server, the "judge" ("endpoint" or "truth"), the
-  "style" of the prompts, and whether "missing" facts of the reference count.
+  They are the "judge" (one of CLAIM_JUDGES), those of a server, the "style" of the
+  prompts, and whether "missing" facts of the reference count.
 
   Raises:
     ValueError: A setting is unknown or wrong. The message starts with "kwargs.".
   """
   with subsection("kwargs"):
-    config = servers.read_server_settings(
-      kwargs, server, judge="endpoint", style="paper", missing=True
-    )
+    config = servers.read_server_settings(kwargs, server, style="paper", missing=True)
     styles = claims.CLAIM_PROMPT_STYLES
-    check_choices(config, {"judge": CLAIM_JUDGES, "style": styles})
-    if config.judge == "endpoint":
-      endpoint.check(config)
+    check_choices(config, {"style": styles})
+    servers.check_judge(config, CLAIM_JUDGES)
   return config
 
 
@@ -77,10 +74,13 @@ def make_claims_term(
   """
   config = read_claims_settings(kwargs, sources.server)
   count = functools.partial(count_true_claims, has_missing=config.missing)
-  if config.judge == "endpoint":
+  if config.judge != "truth":
+    ask = servers.make_ask(config, sources)
     count = functools.partial(
       count_accepted_claims,
-      ask=endpoint.Endpoint(config, sources.cache).ask,
+      ask=ask,
+      # The policy requires a video, which texts about texts do not need.
+      ask_text=ask if config.judge == "self" else hide_videos(ask),
       prompts=claims.CLAIM_PROMPT_STYLES[config.style],
       has_missing=config.missing,
     )
@@ -139,13 +139,14 @@ def _compare_with_scene(sample: Sample) -> ClaimCounts | str:
   return ClaimCounts(int(correct), int(is_wrong), int(not correct))
 
 
-# A server.
+# A model.
 
 
 def count_accepted_claims(
   samples: Sequence[Sample],
   *,
   ask: AskFn,
+  ask_text: AskFn,
   prompts: claims.ClaimPrompts,
   has_missing: bool,
 ) -> list[ClaimCounts | str]:
@@ -158,6 +159,7 @@ def count_accepted_claims(
   Args:
     samples: Responses.
     ask: The model.
+    ask_text: The same for queries that do not need the video.
     prompts: Templates of the prompts for claims and questions.
     has_missing: Whether missing facts count.
 
@@ -166,7 +168,6 @@ def count_accepted_claims(
   """
   examples = [make_example(sample) for sample in samples]
   responses = [[s.response] if s.response.strip() else [] for s in samples]
-  ask_text = hide_videos(ask)
   checked = claims.check_claims(
     examples,
     responses,
@@ -178,7 +179,7 @@ def count_accepted_claims(
     answers = [[sample.answer] if sample.answer else [] for sample in samples]
     divided = claims.list_claims(ask_text, prompts, examples, answers)
     facts = [divided.get((i, s.answer), []) for i, s in enumerate(samples)]
-    missing = _count_missing(samples, facts, ask)
+    missing = _count_missing(samples, facts, ask_text)
   return [
     _count_verdicts(rows[0] if rows else CheckedAnswer("no_claims"), number)
     for rows, number in zip(checked, missing, strict=True)
@@ -192,7 +193,7 @@ def _count_missing(
   queries = {
     (i, fact): JudgeQuery(
       f"states:{sample.id}",
-      (),
+      sample.video,
       STATES_PROMPT.format(response=sample.response, fact=fact),
     )
     for i, sample in enumerate(samples)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices, subsection
 from vlmrlaif_jax.data.prompts import PROMPT_STYLES
-from vlmrlaif_jax.feedback import endpoint, rankers
+from vlmrlaif_jax.feedback import rankers
 from vlmrlaif_jax.feedback.rankers import CompareFn
 from vlmrlaif_jax.feedback.terms import servers
 from vlmrlaif_jax.feedback.terms.functions import Outcome
@@ -30,8 +30,9 @@ ALONE = Outcome(
 def read_rank_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigDict:
   """Returns the settings of the term `rank`, after a check.
 
-  They are those of a server, the "kind" ("list" for one query per group, "pairs" for
-  two queries per pair), the "style" of the prompts of pairs, and "sees_video".
+  They are the "judge" ("endpoint" or "self"), those of a server, the "kind" ("list" for
+  one query per group, "pairs" for two queries per pair), the "style" of the prompts of
+  pairs, and "sees_video".
 
   Raises:
     ValueError: A setting is unknown or wrong. The message starts with "kwargs.".
@@ -41,7 +42,7 @@ def read_rank_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigD
       kwargs, server, kind="list", style="paper", sees_video=True
     )
     check_choices(config, {"kind": RANK_KINDS, "style": PROMPT_STYLES})
-    endpoint.check(config)
+    servers.check_judge(config)
   return config
 
 

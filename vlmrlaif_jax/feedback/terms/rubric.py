@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import subsection
-from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery
 from vlmrlaif_jax.feedback.replies.lists import parse_list
 from vlmrlaif_jax.feedback.replies.options import parse_yes_no
@@ -45,14 +44,14 @@ class Criterion(NamedTuple):
 def read_rubric_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigDict:
   """Returns the settings of the term `rubric`, after a check.
 
-  They are those of a server, and "sees_video".
+  They are the "judge" ("endpoint" or "self"), those of a server, and "sees_video".
 
   Raises:
     ValueError: A setting is unknown or wrong. The message starts with "kwargs.".
   """
   with subsection("kwargs"):
     config = servers.read_server_settings(kwargs, server, sees_video=True)
-    endpoint.check(config)
+    servers.check_judge(config)
   return config
 
 

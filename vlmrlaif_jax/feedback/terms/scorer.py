@@ -15,6 +15,7 @@ from vlmrlaif_jax.core.errors import (
   subsection,
 )
 from vlmrlaif_jax.feedback import endpoint
+from vlmrlaif_jax.feedback.pairwise_judge import AskFn
 from vlmrlaif_jax.feedback.terms import claims, functions, rank, rubric, servers
 from vlmrlaif_jax.feedback.terms.functions import Limits
 from vlmrlaif_jax.feedback.terms.rules import REWARD_RULES
@@ -54,6 +55,12 @@ def default_config() -> ConfigDict:
       ),
       # Server of the terms judge, claims, rubric and rank; their "kwargs" override it.
       endpoint=endpoint.default_config(),
+      # The SFT policy as the judge of terms with kwargs.judge="self".
+      self_judge=dict(
+        prompt_len=2048,  # Tokens of its prompt, video included.
+        max_new=256,  # Tokens of its reply.
+        batch=64,  # Queries per batch.
+      ),
       # "sum" of the weighted terms, or "group": each term is first normalized within
       # its group of responses (GDPO, 2601.05242), for GRPO only.
       combine="sum",
@@ -94,12 +101,15 @@ class RewardScores(NamedTuple):
   failures: dict[str, str]  # Reason of each term's first invalid sample.
 
 
-def load_terms(config: ConfigDict, cache: pathlib.Path | None) -> list[Term]:
+def load_terms(
+  config: ConfigDict, cache: pathlib.Path | None, ask_self: AskFn | None = None
+) -> list[Term]:
   """Loads the functions of all terms with a weight.
 
   Args:
     config: The section `reward`.
-    cache: JSONL file of replies of judges. None saves nothing.
+    cache: JSONL file of replies of servers. None saves nothing.
+    ask_self: The SFT policy, the judge "self"; see has_self_judge.
 
   Raises:
     ValueError: A setting of a term is invalid. The message starts with its name.
@@ -109,7 +119,7 @@ def load_terms(config: ConfigDict, cache: pathlib.Path | None) -> list[Term]:
     "endpoint": servers.request_rewards,
     **REWARD_RULES,
   }
-  sources = JudgeSources(config.endpoint, cache)
+  sources = JudgeSources(config.endpoint, cache, ask_self)
   for name, settings in config.terms.items():
     if unknown := set(settings) - {"fn", "weight", "kwargs"}:
       raise ValueError(
@@ -155,6 +165,8 @@ def check(config: ConfigDict) -> None:
   """
   check_choices(config, {"combine": COMBINATIONS})
   check_at_least(config, {"concurrency": 1, "timeout_s": 0, "max_invalid": 0})
+  with subsection("self_judge"):
+    check_at_least(config.self_judge, {"prompt_len": 1, "max_new": 1, "batch": 1})
   if not load_terms(config, cache=None):
     raise ValueError(
       "terms has no term with a weight: give one, or set terms.reward_model.weight=1"
@@ -164,6 +176,14 @@ def check(config: ConfigDict) -> None:
 def has_model_term(config: ConfigDict) -> bool:
   """Returns whether the section `reward` has a term of the reward model."""
   return any(term.fn == REWARD_MODEL for term in _list_active_terms(config))
+
+
+def has_self_judge(config: ConfigDict) -> bool:
+  """Returns whether the SFT policy judges a term of the section `reward`."""
+  return any(
+    term.fn in JUDGE_TERMS and term.kwargs.get("judge") == "self"
+    for term in _list_active_terms(config)
+  )
 
 
 def find_group_term(config: ConfigDict) -> str:

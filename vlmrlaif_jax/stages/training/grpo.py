@@ -27,7 +27,7 @@ from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.rewards import ScoreFn
 from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.methods import grpo as method
-from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
+from vlmrlaif_jax.runtime import answering, rewarding, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, DeviceFunction, Workload
 from vlmrlaif_jax.stages.stage import Stage, get_row_lengths
@@ -223,6 +223,8 @@ def _make_judge_functions(run: Run, config: ConfigDict) -> list[DeviceFunction]:
   """Returns the device functions of an oracle that scores on the host."""
   oracle, prompts = config.oracle, count_sampled_prompts(config)
   rows = prompts * config.samples
+  if oracle.kind in oracles.REWARD_KINDS:
+    return rewarding.plan_self_judge(run, rows)
   if oracle.judge == "endpoint":
     return []
   queries = {

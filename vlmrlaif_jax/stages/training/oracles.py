@@ -203,7 +203,9 @@ class _RewardScorer:
   def __init__(self, run: Run, examples: Sequence[Example], folder: pathlib.Path):
     self.last: RewardScores
     self._run, self._examples, self._folder = run, examples, folder
-    self._terms = scorer.load_terms(run.config.reward, folder.parent / "endpoint.jsonl")
+    self._terms = rewarding.load_reward_terms(
+      run, run.config.reward, folder.parent / "endpoint.jsonl"
+    )
     self._has_failed = False
     self._score_by_model = make_model_scorer(run)
 

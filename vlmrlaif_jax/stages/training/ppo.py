@@ -12,7 +12,7 @@ from vlmrlaif_jax.core.types import MethodModels, RemoteSampler
 from vlmrlaif_jax.feedback.rewards import ScoreFn
 from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.methods import ppo as method
-from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
+from vlmrlaif_jax.runtime import answering, rewarding, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
 from vlmrlaif_jax.stages.stage import RowSplit, Stage
@@ -150,7 +150,9 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns the workload of the stage."""
-  return common.make_training_workload(run, stage, make_job(run, stage))
+  rows = run.config.ppo.batch_size * run.config.ppo.samples
+  first = rewarding.plan_self_judge(run, rows)
+  return common.make_training_workload(run, stage, make_job(run, stage), first=first)
 
 
 STAGES = (
