@@ -57,7 +57,6 @@ def default_config() -> ConfigDict:
       samples=1,  # Responses per prompt.
       slots=0,  # Responses that are decoded concurrently; 0 for all.
       chunk=128,  # Time steps whose logits are computed together.
-      async_rollouts=False,  # Sample the next rollout before the update; see job.py.
     )
   )
 

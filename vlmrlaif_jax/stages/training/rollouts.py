@@ -19,7 +19,12 @@ from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.runtime import answering, video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS
-from vlmrlaif_jax.stages.training import common, oracles, server_sampler
+from vlmrlaif_jax.stages.training import (
+  common,
+  oracles,
+  rollout_settings,
+  server_sampler,
+)
 
 # Entries of the info of `collect` that samples need.
 ROLLOUT_COLUMNS = (
@@ -35,7 +40,7 @@ def get_rollout_settings() -> dict[str, Any]:
     epochs=1,  # Passes over each rollout.
     minibatches=placeholder(int),  # Updates per pass.
     samples_every=placeholder(int),  # Steps between two files of samples.
-    rollout=server_sampler.default_config(),
+    rollout=rollout_settings.default_config(),
   )
 
 
@@ -46,7 +51,7 @@ def check(config: ConfigDict) -> None:
     ValueError: A value is invalid. The message starts with the setting's name.
   """
   with subsection("rollout"):
-    server_sampler.check(config.rollout)
+    rollout_settings.check(config.rollout)
   if config.rollout.engine != "jax" and config.temperature != 1:
     raise ValueError(
       f"temperature={config.temperature} must be 1 for rollout.engine="
