@@ -89,7 +89,7 @@ def make_job(
     run: The run.
     stage: Name of the stage, which is also that of its section.
     score: Scores a batch of responses; see oracles.make_oracle. None for a plan.
-    sampler: Samples the responses; None for the devices.
+    sampler: Samples the responses; None for the devices, and for a plan.
   """
   config = run.config[stage]
   params, frozen = role_params.make_policy_roles(
@@ -116,15 +116,18 @@ def make_job(
   )
   if has_reward_model:
     frozen["reward"] = role_params.load_reward_model(run)
+  planned_sampler, sampling_passes = rollouts.plan_sampling(run, config, sampling)
   passes = {
-    "sample": workloads.make_sampling_passes(
-      run, sampled_prompts, sampling, slots=config.slots
-    ),
+    **sampling_passes,
     **scoring,
     "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
-  parts = MethodModels(policy=run.policy, score=score or planned_score, sampler=sampler)
+  parts = MethodModels(
+    policy=run.policy,
+    score=score or planned_score,
+    sampler=sampler or planned_sampler,
+  )
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,

@@ -12,11 +12,12 @@ from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import subsection
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import ModelPass, RemoteSampler
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.runtime import answering, video
+from vlmrlaif_jax.runtime import answering, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS
 from vlmrlaif_jax.stages.training import (
@@ -81,6 +82,25 @@ def make_rollout_sampler(
   return server_sampler.ServerSampler(
     config.rollout, run.policy, settings, folder / "adapters"
   )
+
+
+def plan_sampling(
+  run: Run, config: ConfigDict, sampling: answering.SamplingSettings
+) -> tuple[RemoteSampler | None, dict[str, list[ModelPass]]]:
+  """Returns the sampler of a plan, None for the devices, and the passes by name.
+
+  Args:
+    run: The run.
+    config: Section of the stage.
+    sampling: Settings of sampling; the batch is that of a step's prompts.
+  """
+  if config.rollout.engine == "jax":
+    passes = workloads.make_sampling_passes(
+      run, sampling.batch, sampling, slots=config.slots
+    )
+    return None, {"sample": passes}
+  max_new = sampling.max_new
+  return server_sampler.PlannedSampler(run.policy, config.samples, max_new), {}
 
 
 class StepSamples(NamedTuple):
