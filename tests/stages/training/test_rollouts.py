@@ -61,6 +61,19 @@ def test_videos_are_named_from_the_workdir_or_whole(unmoved, one):
   assert all(videos[row["id"]].endswith(row["video"]) for row in unmoved[0])
 
 
+@pytest.mark.parametrize(
+  "section, remedy",
+  [("ppo", "tis_max=2$"), ("grpo", "tis_max=2 and old_logps=computed")],
+)
+def test_servers_require_importance_weights(one, section, remedy):
+  config = one.config.copy_and_resolve_references()[section]
+  config.rollout.engine = "vllm"
+  with pytest.raises(ValueError, match=f"^tis_max=0 .*vllm.* set {remedy}"):
+    rollouts.check(config)
+  config.tis_max = 2.0
+  rollouts.check(config)
+
+
 def test_files_are_of_the_first_step_and_of_every_so_many(one):
   config = one.config.copy_and_resolve_references().ppo
   config.samples_every = 3

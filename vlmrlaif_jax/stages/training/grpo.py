@@ -55,12 +55,6 @@ def check(config: ConfigDict, section: str = "grpo") -> None:
     check_choices(settings, {"kl_anchor": KL_ANCHORS})
     oracles.check(settings.oracle)
     rollouts.check(settings)
-    if settings.rollout.engine != "jax" and not settings.tis_max:
-      raise ValueError(
-        f"tis_max=0 ignores that the probabilities of rollout.engine="
-        f"{settings.rollout.engine} differ a little from the trainer's: set "
-        "tis_max=2 and old_logps=computed"
-      )
   if settings.oracle.kind in oracles.REWARD_KINDS:
     with user_errors("reward"):
       scorer.check(config.reward)
@@ -123,11 +117,8 @@ def make_job(
     "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
-  parts = MethodModels(
-    policy=run.policy,
-    score=score or planned_score,
-    sampler=sampler or planned_sampler,
-  )
+  score, sampler = score or planned_score, sampler or planned_sampler
+  parts = MethodModels(policy=run.policy, score=score, sampler=sampler)
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,

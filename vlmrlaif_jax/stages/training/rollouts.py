@@ -59,6 +59,12 @@ def check(config: ConfigDict) -> None:
       f"{config.rollout.engine}, because servers return the log-probabilities of "
       "temperature 1"
     )
+  if config.rollout.engine != "jax" and not config.tis_max:
+    remedy = "tis_max=2" + (" and old_logps=computed" if "old_logps" in config else "")
+    raise ValueError(
+      f"tis_max=0 ignores that the probabilities of rollout.engine="
+      f"{config.rollout.engine} differ a little from the trainer's: set {remedy}"
+    )
 
 
 def make_rollout_sampler(
