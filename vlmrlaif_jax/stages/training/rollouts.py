@@ -150,7 +150,10 @@ def make_sample_rows(
   The first row of an example contains the judge's replies about its responses.
   """
   info, rows = sampled.info, []
-  terms = {name: x[info["sampled_rows"]] for name, x in oracle.get_terms().items()}
+  terms = oracle.get_terms()
+  pick = lambda values, i: {
+    name: float(x[info["sampled_rows"][i]]) for name, x in values.items()
+  }
   for i, example in enumerate(sampled.examples):
     is_first = i == 0 or sampled.examples[i - 1] is not example
     replies = oracle.list_replies(example) if is_first else []
@@ -162,7 +165,8 @@ def make_sample_rows(
       "prompt": show_media(example["question"]),
       "response": sampled.texts[i],
       "score": float(info["scores"][i]),
-      "terms": {name: float(x[i]) for name, x in terms.items()} if valid else {},
+      "terms": pick(terms.weighted, i) if valid else {},
+      "raw_terms": pick(terms.raw, i) if valid else {},
       "kl": float(info["row_kl"][i]),
       "valid": valid,
       "advantage": float(info["row_advantages"][i]),
