@@ -13,6 +13,7 @@ from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_at_least, check_choices
 from vlmrlaif_jax.core.types import (
+  AnyArray,
   Batch,
   Loss,
   Method,
@@ -176,7 +177,7 @@ def compute_policy_weights(
   config: ConfigDict,
   old_logps: Float[Array, "batch time"],
   sampler_logps: Float[Array, "batch time"],
-  mask: Bool[Array, "batch time"],
+  mask: Bool[AnyArray, "batch time"],
 ) -> Float[Array, "batch time"]:
   """Computes truncated importance weights of tokens in the mask, and 1 elsewhere.
 
