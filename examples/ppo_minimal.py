@@ -154,7 +154,8 @@ def train(
       rewards, values, batch.loss_mask, gamma=1.0, lam=0.95
     )
     advantages = masked_whiten(advantages, batch.loss_mask)
-    rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
+    weights = jnp.ones_like(advantages)  # The trained model itself samples.
+    rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns, weights)
     return rollout, jnp.mean(jnp.sum(kl, axis=1, where=batch.loss_mask))
 
   def loss(params: Params, base: Params, rollout: Rollout) -> Loss:

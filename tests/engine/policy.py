@@ -10,7 +10,7 @@ from tests.helpers.rows import text_batch
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.stages.training import server_sampler
+from vlmrlaif_jax.stages.training import rollout_settings, server_sampler
 
 RANK, SAMPLES, NEW, STOPS, PAD = 4, 4, 12, (2,), 0
 TINY = run_lib.resolve_checkpoint("builtin:tiny")
@@ -56,7 +56,7 @@ def settings_of(model, **values):
 
 def make_sampler(folder, *urls, values=(), **config):
   """The sampler of some servers."""
-  settings = server_sampler.default_config()
+  settings = rollout_settings.default_config()
   settings.update(engine="vllm", urls=urls, **config)
   model = load()[0]
   return server_sampler.ServerSampler(

@@ -83,6 +83,7 @@ def sample(step, row, draw):
     "response": f"At step {step} it moves to side {row % 3}. {ATTACK}",
     "score": score,
     "terms": {"reward model": score + 1, "no end": -1.0} if row == 3 else {},
+    "raw_terms": {"reward model": score + 1, "no end": 0.5} if row == 3 else {},
     "kl": 0.01 * step,
     "valid": row != 5,
     "advantage": draw.gauss(0, 1),

@@ -52,9 +52,16 @@ def test_unknown_key_is_found_however_it_is_written(launcher, capsys, argv):
   assert "no setting 'ppo.kl_coeff'; did you mean --config.ppo.kl_coef" in said
 
 
-def test_the_new_name_of_a_setting_is_given(launcher, capsys):
-  said = refused(launcher, capsys, f"--config={PPO}", "--config.benchmarks.names=x")
-  assert "no setting 'benchmarks.names'; it is now --config.evaluate.names" in said
+@pytest.mark.parametrize(
+  "old, new",
+  [
+    ("benchmarks.names", "evaluate.names"),
+    ("ppo.async_rollouts", "ppo.rollout.max_staleness"),
+  ],
+)
+def test_the_new_name_of_a_setting_is_given(launcher, capsys, old, new):
+  said = refused(launcher, capsys, f"--config={PPO}", f"--config.{old}=x")
+  assert f"no setting '{old}'; it is now --config.{new}" in said
 
 
 @pytest.mark.parametrize(

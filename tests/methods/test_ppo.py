@@ -7,9 +7,9 @@ import pytest
 
 from tests.losses.whole_logits import token_logps
 from tests.methods import roles
-from vlmrlaif_jax.core.types import merge_params
+from vlmrlaif_jax.core.types import Rollout, merge_params
 from vlmrlaif_jax.methods import ppo
-from vlmrlaif_jax.sampling.generate import generate
+from vlmrlaif_jax.sampling.generate import SampledResponses, generate
 
 KEY = jax.random.key(3)
 SAMPLING = dict(max_new=roles.NEW, stops=(roles.EOS,), pad=roles.PAD, vocab=roles.VOCAB)
@@ -174,6 +174,63 @@ def test_ours_takes_losses_over_tokens_alone(without_kl):
   )
 
 
+def test_tokens_weigh_what_the_trainer_computes_against_the_sampler(without_kl):
+  rollout, _ = without_kl
+  config = ppo.default_config()
+  config.update(kl_coef=0.0, temperature=0.7, tis_max=1.25, **PLAIN)
+  # A sampler that is off by a factor, which differs from token to token.
+  mask = rollout.batch.loss_mask
+  gap = np.where(mask, np.random.default_rng(0).normal(0, 0.5, mask.shape), 0.0)
+  sampled = SampledResponses(
+    jax.tree.map(jnp.asarray, rollout.batch), jnp.asarray(rollout.old_logps - gap)
+  )
+
+  class Server:
+    begin = staticmethod(lambda key, params, frozen, prompts: None)
+    finish = staticmethod(lambda pending: sampled)
+
+  parts = roles.PARTS._replace(score=roles.score_all, sampler=Server())
+  method = ppo.make(config, parts, **SAMPLING)
+  got, info = collected(method)
+  weights = np.ones(mask.shape)
+  for row, t in zip(*np.nonzero(mask), strict=True):
+    weights[row, t] = min(np.exp(gap[row, t]), 1.25)
+  assert (weights[mask] == 1.25).any() and (weights[mask] < 1).any()
+  np.testing.assert_allclose(got.policy_weights, weights, rtol=1e-4)
+  np.testing.assert_allclose(info["tis_weight"], weights[mask].mean(), rtol=1e-4)
+  np.testing.assert_allclose(
+    info["sampler_gap"], np.abs(gap[mask]).mean(), rtol=1e-3, atol=1e-5
+  )
+  metrics = loss_at_first(method, got).metrics
+  np.testing.assert_allclose(
+    metrics["policy_loss"], -(weights * got.advantages)[mask].mean(), rtol=1e-3
+  )
+  plain = loss_at_first(masked(), rollout).metrics
+  np.testing.assert_allclose(metrics["value_loss"], plain["value_loss"], rtol=1e-4)
+
+
+def test_policy_loss_of_weighted_tokens_by_hand():
+  config = ppo.default_config()
+  config.update(kl_coef=0.0, tis_max=2.0, value_coef=0.0)
+  row = lambda *x: jnp.array([x], jnp.float32)
+  mask = jnp.array([[True, True, True, False]])
+  old, sampler = row(-1, -1, -1, 0), row(-1, -1 + np.log(2), -1 - np.log(4), 0)
+  weights = ppo.compute_policy_weights(config, old, sampler, mask)
+  np.testing.assert_allclose(weights, row(1, 0.5, 2, 1), rtol=1e-6)
+  zeros = row(0, 0, 0, 0)
+  rollout = Rollout(None, old, old, zeros, row(3, 4, -1, 9), zeros, weights)
+  # Ratios of 1, 1.5 (clipped at 1.2) and 1.5 (not clipped: its advantage is below 0).
+  logps = old + row(0, np.log(1.5), np.log(1.5), 0)
+  loss = ppo.compute_ppo_loss(config, rollout, logps, zeros, mask)
+  want = -(1 * 1 * 3 + 0.5 * 1.2 * 4 + 2 * 1.5 * -1) / 3
+  np.testing.assert_allclose(loss.mean, want, rtol=1e-6)
+
+
+def test_without_a_maximum_all_tokens_weigh_the_same(without_kl):
+  rollout, info = without_kl
+  assert (rollout.policy_weights == 1).all() and "tis_weight" not in info
+
+
 def test_what_is_told_is_of_whole_responses(with_kl):
   rollout, info = with_kl
   mask = rollout.batch.loss_mask
@@ -189,6 +246,11 @@ def test_what_is_told_is_of_whole_responses(with_kl):
   for name, value in want.items():
     np.testing.assert_allclose(info[name], value, rtol=1e-4, err_msg=name)
   np.testing.assert_allclose(info["row_kl"], kl.sum(axis=1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_maximum_below_0_is_refused():
+  with pytest.raises(ValueError, match="tis_max must be 0 or more"):
+    made(tis_max=-1.0)
 
 
 def test_greedy_sampling_is_refused():

@@ -115,6 +115,23 @@ def test_a_reward_without_the_reward_model_plans_no_scores(one):
     assert jitted == list(collect.passes) == ["sample", "prepare_rollout"]
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_rollouts_on_servers_plan_no_sampling(one, stage):
+  config = one.config.copy_and_resolve_references()
+  here = planned(one, stage)
+  config[stage].rollout.engine = "vllm"
+  made = planned(one._replace(config=config), stage)
+  collect = made["collect"]
+  assert list(collect.passes) == ["score", "prepare_rollout"]
+  assert collect.responses == 0
+  assert {p.phase for each in collect.passes.values() for p in each} == {"forward"}
+  traced = jax.make_jaxpr(collect.call)(*collect.args())
+  jitted = [e.params["name"] for e in traced.eqns if e.primitive.name == "jit"]
+  assert jitted == list(collect.passes)
+  # The update has the same shapes, wherever the responses come from.
+  assert shapes(made["update"].args()[-1]) == shapes(here["update"].args()[-1])
+
+
 def test_a_step_learns_from_groups_that_share_their_prompts(one):
   made = planned(one, "grpo")
   config, ((learned,),) = one.config.grpo, made["update"].passes.values()

@@ -80,6 +80,26 @@ def test_weights_that_a_function_does_not_read_wait_beside_it(apart):
   assert collects == updates
 
 
+@pytest.mark.parametrize("engine", ["jax", "vllm"])
+def test_rollouts_ahead_hold_parameters_prompts_and_responses(
+  run, tiny_settings, engine
+):
+  def plan(ahead):
+    rollout = {"ppo.rollout.max_staleness": ahead, "ppo.rollout.engine": engine}
+    again = run._replace(config=small.config(tiny_settings | rollout))
+    (stage,) = abstract_run.plan_recipe_stages(again, ["ppo"])
+    return stage, estimate(again, stage, "update")
+
+  (stage, on), (_, off), (_, far) = map(plan, (0, 1, 3))
+  collect = function(stage, "collect")
+  _, params, _, prompts = collect.args()
+  one_more = off.peak - on.peak
+  assert far.peak - on.peak == 3 * one_more
+  # Responses contain the features of their prompts.
+  assert one_more > shards(params) + shards(prompts) + shards(prompts.video)
+  assert one_more < shards(params) + 4 * shards(prompts)
+
+
 def test_videos_are_encoded_before_a_stage_has_anything(run, stages):
   weights = estimate(run, stages["ppo"], "encode").weights
   assert sum(weights.values()) == shards(run.base)

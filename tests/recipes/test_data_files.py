@@ -150,6 +150,68 @@ def test_content_is_checked_before_every_stage(tmp_path, files, monkeypatch):
   assert seen == ["sft_short"]
 
 
+# Files of reward functions.
+
+REWARD = "def score(samples):\n  return [1.0 for _ in samples]\n"
+STAGES_WITH_REWARD = ("sft_short", "rm", "ppo")
+
+
+def rewarded(path, *, function="score", **term):
+  settings = {"reward.terms.mine": {"fn": f"{path}:{function}", **term}}
+  return small.config(settings, STAGES_WITH_REWARD)
+
+
+@pytest.fixture
+def reward(tmp_path):
+  path = tmp_path / "my_rewards.py"
+  path.write_text(REWARD)
+  return path
+
+
+def begin_rewarded(root, reward, *stages):
+  runner.check_workdir(rewarded(reward), root)
+  for stage in stages:
+    (root / stage).mkdir()
+
+
+def test_a_reward_function_that_changed_under_a_stage_is_named(tmp_path, reward):
+  begin_rewarded(tmp_path / "run", reward, "ppo")
+  runner.check_workdir(rewarded(reward), tmp_path / "run")
+  reward.write_text(REWARD.replace("1.0", "0.5"))
+  with pytest.raises(UserError) as error:
+    runner.check_workdir(rewarded(reward), tmp_path / "run")
+  said = str(error.value)
+  assert f"--config.reward.terms.mine.fn={reward}:score: sha256 " in said
+  assert "Use another --workdir" in said and said.count("--config.") == 1
+  reward.write_text(REWARD)
+  runner.check_workdir(rewarded(reward), tmp_path / "run")
+
+
+def test_a_reward_function_may_change_before_a_stage_has_read_it(tmp_path, reward):
+  begin_rewarded(tmp_path / "run", reward, "sft_short")
+  reward.write_text(REWARD.replace("1.0", "0.5"))
+  runner.check_workdir(rewarded(reward), tmp_path / "run")
+
+
+def test_the_file_of_a_reward_function_may_be_moved(tmp_path, reward):
+  begin_rewarded(tmp_path / "run", reward, "ppo")
+  moved = reward.rename(tmp_path / "moved.py")
+  runner.check_workdir(rewarded(moved), tmp_path / "run")
+
+
+def test_another_reward_function_of_the_same_file_is_refused(tmp_path, reward):
+  begin_rewarded(tmp_path / "run", reward, "ppo")
+  with pytest.raises(UserError, match=r"reward.terms.mine.fn=.*:other: sha256"):
+    runner.check_workdir(rewarded(reward, function="other"), tmp_path / "run")
+
+
+def test_reward_functions_without_weight_or_file_have_no_hash(reward):
+  hashed = data_files.hash_data_files
+  assert list(hashed(rewarded(reward))) == ["reward.terms.mine.fn"]
+  assert not hashed(rewarded(reward, weight=0.0))
+  assert not hashed(rewarded("json"))
+
+
 # Videos.
 
 

@@ -104,12 +104,14 @@ def test_of_many_answers_the_best_and_the_worst_are_shown(tmp_path):
 
 
 def test_numbers_that_json_does_not_have_are_none(tmp_path):
-  rows = [row("p", score=math.nan, kl=math.inf, terms={"reward model": 0.1234567})]
+  terms, raw = {"reward model": 0.1234567}, {"reward model": math.nan}
+  rows = [row("p", score=math.nan, kl=math.inf, terms=terms, raw_terms=raw)]
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", rows)
   (group,) = groups_of(tmp_path)
   (found,) = group["answers"]
   assert (found["score"], found["kl"]) == (None, None)
   assert found["terms"] == {"reward model": 0.12346}
+  assert found["raw_terms"] == {"reward model": None}
   json.dumps(group, allow_nan=False)
 
 

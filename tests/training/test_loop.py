@@ -64,7 +64,7 @@ def run(
   state = sharding.replicate(init_state({"x": jnp.float32(0)}, TX), mesh())
   at = checkpoint.get_latest_step(f"{folder}/checkpoints")
   with StageLog(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
-    state, sampler = loop.restore_training(log, state, plan)
+    state, samplers = loop.restore_training(log, state, plan)
     return loop.run_training(
       TrainingJob(
         method=Method(jax.Array, collect, loss),
@@ -80,7 +80,7 @@ def run(
       ),
       update or jax.jit(make_update(loss, TX)),
       state,
-      sampler,
+      samplers,
       key=jax.random.key(7),
       log=log,
       watch=watch,
@@ -100,17 +100,35 @@ def killed_at(step):
   return Hooks(after_step=on_step)
 
 
-OFF = {"async_rollouts": True}
+def by_params(key, params, frozen, rows):
+  """Rows that depend on the step's key and on the parameters that sample."""
+  return rows + params["x"] * jax.random.normal(key, rows.shape) + params["x"]
 
 
+OFF, TWO_OFF = {"max_staleness": 1}, {"max_staleness": 2}
+
+
+@pytest.mark.parametrize("killed", [1, 3, 4])
 @pytest.mark.parametrize(
-  "plan", [{}, {"epochs": 2, "minibatches": 4}, OFF, {**OFF, "minibatches": 4}]
+  "plan",
+  [
+    {},
+    {"epochs": 2, "minibatches": 4},
+    OFF,
+    {**OFF, "minibatches": 4},
+    TWO_OFF,
+    {"max_staleness": 3, "minibatches": 4},
+    {"max_staleness": 9},
+  ],
 )
-def test_resumed_equals_uninterrupted(tmp_path, plan):
+def test_resumed_equals_uninterrupted(tmp_path, plan, killed):
+  plan = {"collect": Collector(jax.jit(by_params), as_it_is), **plan}
   whole = run(tmp_path / "whole", **plan)
+  every = 1 if killed == 1 else 2
   with pytest.raises(Killed):
-    run(tmp_path / "killed", hooks=killed_at(3), save_every=2, **plan)
-  assert checkpoint.get_latest_step(str(tmp_path / "killed/checkpoints")) == 2
+    run(tmp_path / "killed", hooks=killed_at(killed), save_every=every, **plan)
+  saved = checkpoint.get_latest_step(str(tmp_path / "killed/checkpoints"))
+  assert saved == {1: 1, 3: 2, 4: 4}[killed]
   resumed = run(tmp_path / "killed", save_every=2, **plan)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -159,7 +177,7 @@ def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
   assert set(seen) == {(part // 4,)}
 
 
-@pytest.mark.parametrize("plan", [{}, OFF])
+@pytest.mark.parametrize("plan", [{}, OFF, TWO_OFF])
 def test_hooks_change_what_is_frozen_for_a_rollout_and_add_metrics(tmp_path, plan):
   hooks = Hooks(
     before_step=lambda step, params: {"pull": jnp.float32(step + 2)},
@@ -207,19 +225,35 @@ def counted(state, frozen, rows):
 
 
 def by_policy(params, frozen, rows, phase):
-  return rows, {"sampled_by": params["x"]}
+  return rows, {"sampled_by": params["x"] + 0}  # The update may donate params.
 
 
 @pytest.mark.parametrize(
-  "plan, sampled_by", [({}, [0, 1, 2, 3, 4]), (OFF, [0, 0, 1, 2, 3])]
+  "staleness, sampled_by",
+  [
+    (0, [0, 1, 2, 3, 4]),
+    (1, [0, 0, 1, 2, 3]),
+    (2, [0, 0, 0, 1, 2]),
+    (3, [0, 0, 0, 0, 1]),
+    (9, [0, 0, 0, 0, 0]),
+  ],
 )
-def test_rollouts_are_of_the_policy_before_the_last_update(tmp_path, plan, sampled_by):
+def test_a_rollout_is_of_the_policy_so_many_updates_before(
+  tmp_path, staleness, sampled_by
+):
   collect = Collector(noise, by_policy)
-  run(tmp_path, collect=collect, update=counted, **plan)
+  update = jax.jit(counted, donate_argnums=0)
+  run(tmp_path, collect=collect, update=update, max_staleness=staleness)
   lines = small.metrics(tmp_path)
   assert [line["sampled_by"] for line in lines] == sampled_by
-  if plan:
-    assert [line["staleness"] for line in lines] == [0, 1, 1, 1, 1]
+  told = [line.get("staleness", 0) for line in lines]
+  assert told == [step - at for step, at in enumerate(sampled_by)]
+  assert all(("staleness" in line) == bool(staleness) for line in lines)
+
+
+def test_staleness_counts_updates(tmp_path):
+  run(tmp_path, minibatches=4, **TWO_OFF)
+  assert [line["staleness"] for line in small.metrics(tmp_path)] == [0, 4, 8, 8, 8]
 
 
 def test_the_next_rollout_is_scored_after_the_update_was_given_to_the_device(tmp_path):
@@ -240,6 +274,22 @@ def test_the_next_rollout_is_scored_after_the_update_was_given_to_the_device(tmp
   run(tmp_path, collect=Collector(begin, finish), update=update, steps=3, **OFF)
   first, rest = ["sample", "score"], ["sample", "update", "score"]
   assert seen == [*first, *rest, *rest, "update"]
+
+
+def test_as_many_rollouts_are_in_flight_as_the_setting_says(tmp_path):
+  seen, in_flight = [], set()
+
+  def begin(key, params, frozen, rows):
+    in_flight.add(int(rows[0]) // 10)
+    return rows
+
+  def finish(params, frozen, rows, phase):
+    seen.append(sorted(in_flight))
+    in_flight.remove(int(rows[0]) // 10)
+    return rows, {}
+
+  run(tmp_path, collect=Collector(begin, finish), **TWO_OFF)
+  assert seen == [[0, 1], [1, 2], [2, 3], [3, 4], [4]]
 
 
 # Phases.

@@ -123,7 +123,7 @@ def test_the_gap_to_the_sampler_is_that_of_the_first_update(tmp_path):
 
 def test_a_gap_that_is_of_an_older_policy_is_not_told(tmp_path):
   update = halves(9.0, [1.0] * 3)
-  toy.run(tmp_path, update=update, steps=3, async_rollouts=True)
+  toy.run(tmp_path, update=update, steps=3, max_staleness=1)
   rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert ["sampler_gap" in json.loads(row) for row in rows] == [True, False, False]
 

@@ -92,6 +92,8 @@ class Rollout(NamedTuple):
   old_values: Float[Array, "batch time"]  # Values of the critic before the update.
   advantages: Float[Array, "batch time"]
   returns: Float[Array, "batch time"]
+  # Factor of each token's policy loss: its importance weight against the sampler, or 1.
+  policy_weights: Float[Array, "batch time"]
 
 
 class TrainState(NamedTuple):

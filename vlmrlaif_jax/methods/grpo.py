@@ -204,7 +204,6 @@ def default_config() -> ConfigDict:
       top_k=0,  # Number of candidate tokens; 0 disables it.
       shared_prefix=True,  # Run the prompt of a group once; the loss is the same.
       chunk=128,  # Time steps whose logits are computed together.
-      async_rollouts=False,  # Sample the next rollout before the update; see job.py.
     )
   )
 

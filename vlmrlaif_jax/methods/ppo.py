@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core.errors import check_choices
+from vlmrlaif_jax.core.errors import check_at_least, check_choices
 from vlmrlaif_jax.core.types import (
+  AnyArray,
   Batch,
   Loss,
   Method,
@@ -30,6 +31,7 @@ from vlmrlaif_jax.losses.policy import (
   clip_fraction,
   clipped_policy_loss,
   clipped_value_loss,
+  truncated_importance_weights,
 )
 from vlmrlaif_jax.methods._rollout import compute_rollout_metrics, make_collector
 from vlmrlaif_jax.models.vlm import VLM
@@ -45,6 +47,7 @@ def default_config() -> ConfigDict:
       gamma=1.0,  # Discount per token, 0 to 1.
       lam=0.95,  # Lambda of GAE, 0 to 1.
       clip_eps=0.2,  # Maximum change of a token's probability ratio.
+      tis_max=0.0,  # Maximum of truncated importance weights; 0 disables them.
       value_clip_eps=0.2,  # Maximum change of a value; inf disables clipping.
       value_coef=0.1,  # Weight of the value loss.
       reward_scale=1.0,  # Factor of rewards before GAE; 10 in VLM-RLAIF's code.
@@ -57,7 +60,6 @@ def default_config() -> ConfigDict:
       samples=1,  # Responses per prompt.
       slots=0,  # Responses that are decoded concurrently; 0 for all.
       chunk=128,  # Time steps whose logits are computed together.
-      async_rollouts=False,  # Sample the next rollout before the update; see job.py.
     )
   )
 
@@ -84,18 +86,17 @@ def make(
     batch = sampled.batch
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
-    old_logps, entropy = compute_logps(
-      merge_params(frozen["policy"], params["policy"]), batch
-    )
+    variables = merge_params(frozen["policy"], params["policy"])
+    old_logps, entropy = compute_logps(variables, batch)
     ref_logps, _ = compute_logps(frozen["ref"], batch)
-    values = compute_state_values(
-      critic, merge_params(frozen["critic"], params["critic"]), batch
-    )
+    variables = merge_params(frozen["critic"], params["critic"])
+    values = compute_state_values(critic, variables, batch)
     mask = loss_window_mask(config, batch, max_new)
     advantages, returns = compute_advantages(
       config, scores, old_logps, ref_logps, values, mask
     )
-    rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
+    weights = compute_policy_weights(config, old_logps, sampled.logps, batch.loss_mask)
+    rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns, weights)
     first = batch.loss_mask & (jnp.cumsum(batch.loss_mask, axis=1) == 1)
     info = compute_rollout_metrics(
       batch.tokens,
@@ -108,6 +109,8 @@ def make(
     )
     gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
     info |= {"entropy": masked_mean(entropy, batch.loss_mask), "sampler_gap": gap}
+    if config.tis_max:
+      info["tis_weight"] = masked_mean(weights, batch.loss_mask)
     return rollout, info
 
   def loss(params, frozen, rollout: Rollout) -> Loss:
@@ -130,6 +133,7 @@ def check(config: ConfigDict) -> None:
     ValueError: a value is invalid. The message starts with the setting's name.
   """
   check_choices(config, {"kl_estimator": adv.KL_ESTIMATORS})
+  check_at_least(config, {"tis_max": 0})
   if config.temperature <= 0:
     raise ValueError(
       f"temperature must be above 0 for PPO to explore, not {config.temperature}"
@@ -145,10 +149,11 @@ def compute_ppo_loss(
 ) -> Loss:
   """Computes policy_loss + value_coef * value_loss: 1707.06347, eq. 9, negated.
 
-  The entropy bonus of the equation is left out. `logps` and `values` are those of the
-  trained policy and critic; losses are means over `mask`.
+  The entropy bonus of the equation is left out. Tokens of the policy loss have the
+  weights of the rollout. `logps` and `values` are those of the trained policy and
+  critic; losses are means over `mask`.
   """
-  policy_losses = clipped_policy_loss(
+  policy_losses = rollout.policy_weights * clipped_policy_loss(
     logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
   )
   value_losses = clipped_value_loss(
@@ -166,6 +171,24 @@ def compute_ppo_loss(
   }
   total = metrics["policy_loss"] + config.value_coef * metrics["value_loss"]
   return Loss(total, jnp.sum(mask).astype(jnp.float32), metrics)
+
+
+def compute_policy_weights(
+  config: ConfigDict,
+  old_logps: Float[Array, "batch time"],
+  sampler_logps: Float[Array, "batch time"],
+  mask: Bool[AnyArray, "batch time"],
+) -> Float[Array, "batch time"]:
+  """Computes truncated importance weights of tokens in the mask, and 1 elsewhere.
+
+  They are 1 without `tis_max`.
+  """
+  if not config.tis_max:
+    return jnp.ones_like(old_logps)
+  weights = truncated_importance_weights(
+    old_logps, sampler_logps, max_weight=config.tis_max
+  )
+  return jnp.where(mask, weights, 1.0)
 
 
 def compute_state_values(

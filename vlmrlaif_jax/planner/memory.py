@@ -91,12 +91,13 @@ def _list_resident(run: Run, stage: PlannedStage, function: DeviceFunction) -> P
   """Returns the arrays on the devices while a function runs, used or not.
 
   These are the loaded models and, after videos are encoded, the weights and states of
-  all functions of the stage.
+  all functions of the stage, and the rollouts that are sampled ahead.
   """
   loaded = run.base, run.reward_model_base
   if function.name == "encode":
     return loaded
-  return loaded, [(each.roles, each.state) for each in stage.workload.functions]
+  functions = stage.workload.functions
+  return loaded, [(each.roles, each.state, each.in_flight) for each in functions]
 
 
 def estimate_memory(

@@ -1,7 +1,8 @@
-"""Content hashes of a run's data, so that no run resumes on data that has changed.
+"""Content hashes of a run's files, so that no run resumes on files that have changed.
 
-The hashes are in WORKDIR/data.json, next to config.json. They depend on the content
-alone: a file may be moved, and its time stamp may change.
+They are files of data and of reward functions. The hashes are in WORKDIR/data.json,
+next to config.json. They depend on the content alone: a file may be moved, and its time
+stamp may change.
 """
 
 import hashlib
@@ -16,13 +17,14 @@ from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.feedback.terms import functions
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import load_stages
 
 HASH_FILE = "data.json"
 VIDEOS = "data.videos"  # Key of the hash of all videos of the records.
 REMEDY = (
-  "Use another --workdir for the changed data, restore the old content, or remove the "
+  "Use another --workdir for the changed files, restore the old content, or remove the "
   "folders of the stages that must run again."
 )
 
@@ -30,9 +32,12 @@ REMEDY = (
 def hash_data_files(config: ConfigDict) -> dict[str, dict[str, str]]:
   """Hashes every file and folder of records, preferences and questions of a config.
 
+  So are the files of reward functions, but not modules that they import.
+
   Returns:
     Setting, as "data.records" -> its "path" and the "sha256" of its content. The hash
-    of a benchmark's questions includes all of its files.
+    of a benchmark's questions includes all of its files, and that of a reward function
+    its name.
   """
   names = {("data", name) for name in ("records", "prompts", "benchmark")}
   for stage in load_stages().values():
@@ -49,6 +54,18 @@ def hash_data_files(config: ConfigDict) -> dict[str, dict[str, str]]:
       content = protocol.hash_benchmark_files(benchmark, settings)
       key = f"evaluate.{name}.questions"
       hashes[key] = {"path": settings.questions, "sha256": content}
+  return hashes | _hash_reward_files(config)
+
+
+def _hash_reward_files(config: ConfigDict) -> dict[str, dict[str, str]]:
+  hashes = {}
+  for name, term in config.reward.terms.items() if "reward" in config else ():
+    text = term.get("fn", name)
+    path = functions.find_function_file(text)
+    if path and path.exists() and term.get("weight", 1.0):
+      content = json.dumps([text.rpartition(":")[2], _hash_content(path)])
+      digest = hashlib.sha256(content.encode()).hexdigest()
+      hashes[f"reward.terms.{name}.fn"] = {"path": text, "sha256": digest}
   return hashes
 
 
@@ -89,12 +106,12 @@ def is_unmoved_content(
 def check_unchanged(
   root: pathlib.Path, now: Mapping[str, Any], sections: Collection[str] | None = None
 ) -> None:
-  """Checks that data has the content that the workdir's stages have read.
+  """Checks that files have the content that the workdir's stages have read.
 
   Args:
     root: The workdir.
     now: Hashes of the config's files.
-    sections: Sections whose data must not change; None for all.
+    sections: Sections whose files must not change; None for all.
 
   Raises:
     UserError: Content has changed. The message names each file.
@@ -109,7 +126,7 @@ def check_unchanged(
   ]
   if changed:
     raise UserError(
-      f"the data of the run in {root} has changed since its stages began:\n"
+      f"files of the run in {root} have changed since its stages began:\n"
       + "\n".join(changed)
       + f"\n{REMEDY}"
     )

@@ -27,7 +27,6 @@ RENAMED = {
       ("aggregate", "loss_aggregation"),
       ("drop_tied", "drop_uniform_groups"),
       ("kl_dir", "kl_direction"),
-      ("one_step_off", "async_rollouts"),
       ("policy_rank", "policy_logps_reduction"),
       ("rank_adv", "advantage"),
       ("truncated", "truncated_responses"),
@@ -38,11 +37,15 @@ RENAMED = {
     for section in ("ppo", "grpo.oracle")
     for old, new in (("stop_penalty", "stop"), ("length_coef", "length"))
   },
+  **{
+    f"{section}.{old}": f"{section}.rollout.max_staleness"
+    for section in ("ppo", "grpo", "grm")
+    for old in ("async_rollouts", "one_step_off")
+  },
   "evaluate.bon_by": "evaluate.held_out.bon_reward",
   "evaluate.held_out.bon_by": "evaluate.held_out.bon_reward",
   "evaluate.judge_sees": "evaluate.judge_sees_video",
   "evaluate.likeness": "evaluate.similarity",
-  "ppo.one_step_off": "ppo.async_rollouts",
   "model.scorer_path": "model.reward_model_path",
   "model.scorer_size": "model.reward_model_size",
   "evaluate.best_of": "evaluate.held_out.best_of",

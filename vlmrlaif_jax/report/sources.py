@@ -131,12 +131,18 @@ def make_answer(row: JsonRow) -> JsonRow:
   return {
     "text": clip_text(row["response"], MAX_ANSWER_CHARS),
     "score": get_score(row),
-    "terms": {k: round_finite(x) for k, x in (row.get("terms") or {}).items()},
+    "terms": round_terms(row, "terms"),
+    "raw_terms": round_terms(row, "raw_terms"),
     "kl": round_finite(row.get("kl")),
     "advantage": round_finite(row.get("advantage")),
     "right": row.get("truth"),
     "notes": list_faults(row),
   }
+
+
+def round_terms(row: JsonRow, key: str) -> dict[str, float | None]:
+  """Returns the terms of a row's score, which older rows may lack."""
+  return {name: round_finite(x) for name, x in (row.get(key) or {}).items()}
 
 
 def get_score(row: JsonRow) -> float | None:

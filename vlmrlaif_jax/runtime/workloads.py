@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
@@ -37,6 +38,7 @@ class DeviceFunction(NamedTuple):
   roles: Params  # Shapes of the weights that it reads, by role.
   state: TrainState | None = None  # Shapes of the training state.
   responses: int = 0  # Maximum number of sampled tokens.
+  in_flight: PyTree = ()  # Shapes of the arrays of rollouts that are sampled ahead.
 
 
 class Workload(NamedTuple):
@@ -138,6 +140,13 @@ def make_job_functions(run: Run, job: TrainingJob) -> list[DeviceFunction]:
     cut = lambda x: jax.ShapeDtypeStruct(part(x), x.dtype)
     return specs.row_specs(jax.tree.map(cut, shapes), run.mesh)
 
+  def list_in_flight() -> PyTree:
+    # Each rollout has parameters, prompts and responses of its own.
+    sampled = specs.row_specs(jax.eval_shape(collect.begin, *args), run.mesh)
+    each = (state.params, job.batch_spec, sampled)
+    copy = lambda: jax.tree.map(lambda x: x.update(), each)
+    return [copy() for _ in range(schedule.max_staleness)]
+
   update = DeviceFunction(
     "update",
     jit_update(job, tx, jax.tree.map(lambda x: x.sharding, state)),
@@ -146,6 +155,7 @@ def make_job_functions(run: Run, job: TrainingJob) -> list[DeviceFunction]:
     runs=float(schedule.updates_per_step),
     roles={role: job.frozen[role] for role in job.params},
     state=state,
+    in_flight=list_in_flight() if schedule.max_staleness else (),
   )
   if collect is offline:
     return [update]

@@ -96,7 +96,10 @@ class Stage(NamedTuple):
     values = {
       name: section[name] for name in TrainingSchedule._fields if name in section
     }
-    return TrainingSchedule(**{**values, "steps": section[self.steps]})
+    values["steps"] = section[self.steps]
+    if "rollout" in section:
+      values["max_staleness"] = section.rollout.max_staleness
+    return TrainingSchedule(**values)
 
   def count_steps(self, run: Run) -> int:
     """Returns the total of the progress line."""

@@ -21,10 +21,11 @@ class TrainingSchedule(NamedTuple):
   keep: int = 1  # Number of checkpoints that stay on disk.
   epochs: int = 1  # Passes over the experience of a step.
   minibatches: int = 1  # Updates per pass.
-  # If True, rollout t + 1 is sampled with the parameters from before update t, so that
-  # scoring on the host overlaps the update. The loss corrects with importance ratios.
-  # This doubles the memory of the trained parameters.
-  async_rollouts: bool = False
+  # Maximum number of steps that a rollout is sampled ahead. With N, the rollout of step
+  # t + N begins before the update of step t, so that sampling and scoring overlap
+  # updates. The loss corrects with importance ratios. It requires N more copies of the
+  # trained parameters.
+  max_staleness: int = 0
 
   @property
   def updates_per_step(self) -> int:

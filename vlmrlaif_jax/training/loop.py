@@ -1,6 +1,7 @@
 """The training loop: data, rollouts, updates, logs, checkpoints."""
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -53,16 +54,16 @@ def fit_job(
   # Sharding rules also match the optimizer's copies of the parameters by path.
   shardings = place(jax.eval_shape(init, job.params))
   state = jax.jit(init, out_shardings=shardings)(job.params)
-  state, sampler = restore_training(log, state, job.schedule)
+  state, samplers = restore_training(log, state, job.schedule)
   update = jit_update(job, tx, shardings)
-  return run_training(job, update, state, sampler, key=key, log=log, watch=watch)
+  return run_training(job, update, state, samplers, key=key, log=log, watch=watch)
 
 
 def run_training(
   job: TrainingJob,
   update: Callable,
   state: TrainState,
-  sampler: Params,
+  samplers: Sequence[Params],
   *,
   key: jax.Array,
   log: StageLog,
@@ -74,37 +75,29 @@ def run_training(
     job: Job to train; its batches depend on the step alone, also after a resume.
     update: Jitted function (state, frozen, experience) -> (state, metrics).
     state: State to start from.
-    sampler: Parameters that sample the first rollout.
+    samplers: Parameters that sample the first `max_staleness` rollouts.
     key: Random key of the stage; each step folds in its number.
     log: Log of the stage; checkpoints are saved in its folder.
     watch: Monitor of stop signals and traces.
 
   Returns and raises as `fit_job`.
   """
-  plan, frozen = job.schedule, job.frozen
+  plan = job.schedule
   start = int(state.step) // plan.updates_per_step
   if start < plan.steps:
     log.print_note(f"{log.stage}: compiling at the first step, from step {start}")
   phases = PhaseTimer()
   alarm_log = alarms.AlarmLog(job.alarms, log, last=start)
-  rollouts = _Rollouts(job, phases, key, range(start, plan.steps))
-  next_rollout = None
+  rollouts = _Rollouts(job, phases, key, range(start, plan.steps), samplers)
   for step in range(start, plan.steps):
-    done, pending = step + 1, None
+    done = step + 1
     with watch.step(step):
-      current = next_rollout or rollouts.finish(rollouts.begin(step, sampler, frozen))
-      frozen = current.frozen
-      if plan.async_rollouts:
-        # The update donates the state's parameters.
-        sampler = _copy_params(state.params)
-        if done < plan.steps:
-          pending = rollouts.begin(done, sampler, frozen)
+      current = rollouts.take(step, state.params)
       with phases("update"):
         key_of_step = jax.random.fold_in(key, step)
         state, update_metrics = _run_updates(update, state, current, key_of_step, plan)
       hook_metrics = rollouts.run_hook(step, current)
-      next_rollout = rollouts.finish(pending) if pending else None
-      sampler = sampler if plan.async_rollouts else state.params
+      rollouts.finish_next()
       if done % plan.log_every == 0 or done == plan.steps:
         _log_step(
           log, alarm_log, plan, step, current.info, hook_metrics, update_metrics, phases
@@ -112,7 +105,7 @@ def run_training(
     is_stopping = watch.stop()
     if done % plan.save_every == 0 or done == plan.steps or is_stopping:
       with phases("save"):
-        saved = _add_sampler(state, sampler, plan)
+        saved = _add_samplers(state, rollouts.samplers)
         path = get_checkpoint_folder(log)
         checkpoint.save_train_state(path, saved, done, keep=plan.keep)
     if is_stopping and done < plan.steps:
@@ -147,25 +140,72 @@ class _Rollout(NamedTuple):
 
 
 class _Rollouts:
-  """Rollouts of each step, in two parts; see types.Collector."""
+  """The rollouts of all steps, of which `max_staleness` are begun ahead.
+
+  They are begun, finished and scored in the order of their steps, so that all processes
+  run the same programs in the same order.
+
+  Attributes:
+    samplers: Parameters that sample the next `max_staleness` rollouts, which a
+      checkpoint contains.
+  """
 
   def __init__(
-    self, job: TrainingJob, phases: PhaseTimer, key: jax.Array, steps: range
+    self,
+    job: TrainingJob,
+    phases: PhaseTimer,
+    key: jax.Array,
+    steps: range,
+    samplers: Sequence[Params],
   ):
     self._collect, self._hooks, self._phases = job.method.collect, job.hooks, phases
-    self._key, self._batches = key, prefetch(map(job.data, steps))
+    self._key, self._batches, self._steps = key, prefetch(map(job.data, steps)), steps
+    self._frozen, self._next = job.frozen, steps.start
+    self._begun: deque[_Rollout] = deque()
+    self._finished: deque[_Rollout] = deque()
+    self.samplers = deque(samplers)
 
-  def begin(self, step: int, params: Params, frozen: Params) -> _Rollout:
-    """Starts sampling for a step and does not wait for the device."""
+  def take(self, step: int, params: Params) -> _Rollout:
+    """Returns the rollout of a step, and begins the one `max_staleness` steps later.
+
+    Args:
+      step: The step; steps are taken in order.
+      params: Parameters before the update of the step, which donates them.
+    """
+    if self.samplers:
+      if step == self._steps.start:
+        for each in self.samplers:
+          self._begin(each)
+        self.finish_next()
+      self.samplers.popleft()  # Before the copy, so that one less is in memory.
+      self.samplers.append(_copy_params(params))
+      self._begin(self.samplers[-1])
+    else:
+      self._begin(params)
+      self.finish_next()
+    return self._finished.popleft()
+
+  def finish_next(self) -> None:
+    """Finishes the rollout of the next step if it is begun."""
+    if self._begun:
+      self._finished.append(self._finish(self._begun.popleft()))
+
+  def _begin(self, params: Params) -> None:
+    """Starts sampling for the next step, if there is one, and does not wait for it."""
+    step = self._next
+    if step == self._steps.stop:
+      return
+    self._next += 1
     with self._phases("data"):
       batch = next(self._batches)
-    frozen = Frozen({**frozen, **self._hooks.before_step(step, params)})
+    entries = self._hooks.before_step(step, params)
+    self._frozen = Frozen({**self._frozen, **entries})
     with self._phases("sample"):
       key = jax.random.fold_in(self._key, step)
-      sampled = self._collect.begin(key, params, frozen, batch)
-    return _Rollout(batch, frozen, params, sampled, None, {})
+      sampled = self._collect.begin(key, params, self._frozen, batch)
+    self._begun.append(_Rollout(batch, self._frozen, params, sampled, None, {}))
 
-  def finish(self, pending: _Rollout) -> _Rollout:
+  def _finish(self, pending: _Rollout) -> _Rollout:
     """Waits for the sampled responses, scores them and builds the experience."""
     experience, info = self._collect.finish(
       pending.params, pending.frozen, pending.sampled, self._phases
@@ -204,10 +244,11 @@ def _log_step(
   for update in update_metrics:
     metrics |= {name: x for name, x in update.items() if not np.isfinite(x)}
   gap = metrics.pop(FIRST_UPDATE_METRIC, None)
-  if gap is not None and not (plan.async_rollouts and step):
+  steps_ahead = min(step, plan.max_staleness)  # Step 0 has no older parameters.
+  if gap is not None and not steps_ahead:
     metrics[FIRST_UPDATE_METRIC] = update_metrics[0][FIRST_UPDATE_METRIC]
-  if plan.async_rollouts:  # Updates since the policy sampled.
-    metrics["staleness"] = plan.updates_per_step if step else 0
+  if plan.max_staleness:  # Updates since the policy sampled.
+    metrics["staleness"] = steps_ahead * plan.updates_per_step
   scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
   values = {k: float(v) for k, v in {**scalars, **metrics}.items()}
   seconds = phases.take_seconds()
@@ -223,27 +264,41 @@ def get_checkpoint_folder(log: StageLog) -> str:
   return str(log.folder / "checkpoints")
 
 
-def _add_sampler(
-  state: TrainState, sampler: Params, plan: TrainingSchedule
-) -> TrainState:
-  """Adds the sampling parameters to a checkpoint with `async_rollouts`."""
-  if not plan.async_rollouts:
+def _add_samplers(state: TrainState, samplers: Sequence[Params]) -> TrainState:
+  """Adds the parameters of the rollouts that are sampled ahead to a checkpoint."""
+  if not samplers:
     return state
-  return state._replace(opt_state={"optimizer": state.opt_state, "sampler": sampler})
+  saved = {"optimizer": state.opt_state, "samplers": list(samplers)}
+  return state._replace(opt_state=saved)
 
 
 def restore_training(
   log: StageLog, start: TrainState, plan: TrainingSchedule
-) -> tuple[TrainState, Params]:
-  """Returns the last saved state and its sampling parameters, or those of `start`."""
+) -> tuple[TrainState, list[Params]]:
+  """Returns the last saved state, or `start`, and what samples the next rollouts.
+
+  The latter are parameters for each of the next `max_staleness` rollouts. Sampled with
+  them again, these rollouts equal those that an uninterrupted run has begun.
+  """
   folder = get_checkpoint_folder(log)
+  samplers = make_first_samplers(start.params, plan)
   if checkpoint.get_latest_step(folder) is None:
-    return start, start.params
-  saved = checkpoint.restore_checkpoint(folder, _add_sampler(start, start.params, plan))
-  if not plan.async_rollouts:
-    return saved, saved.params
+    return start, samplers
+  saved = checkpoint.restore_checkpoint(folder, _add_samplers(start, samplers))
+  if not samplers:
+    return saved, []
   state = saved._replace(opt_state=saved.opt_state["optimizer"])
-  return state, saved.opt_state["sampler"]
+  return state, saved.opt_state["samplers"]
+
+
+def make_first_samplers(params: Params, plan: TrainingSchedule) -> list[Params]:
+  """Returns the initial parameters for each rollout before the first update.
+
+  They are one copy, because an update donates the parameters.
+  """
+  if not plan.max_staleness:
+    return []
+  return [_copy_params(params)] * plan.max_staleness
 
 
 @jax.jit

@@ -65,15 +65,72 @@ def test_a_sample_that_a_term_cannot_score_is_invalid():
   assert scorer.compute_term_metrics(result)["terms/exact_match"] == 1
 
 
-def test_terms_are_normalized_within_groups():
+def test_terms_are_normalized_within_groups_and_their_sum_over_the_batch():
   config = section(exact_match={"weight": 2.0}, length={})
   config.combine = "group"
   result = score(config)
-  unit = 1 / np.sqrt(2)  # Two values have this distance from their mean.
-  want = {"exact_match": [0, 0, np.nan, 0], "length": [-unit, unit, 0, 0]}
+  # Within groups, two values have the distance 1 / sqrt(2) from their mean. The valid
+  # sums -1 / sqrt(2), 1 / sqrt(2) and 0 have the deviation 1 / sqrt(2).
+  want = {"exact_match": [0, 0, np.nan, 0], "length": [-1, 1, 0, 0]}
   for name, values in want.items():
     np.testing.assert_allclose(result.weighted[name], values, atol=1e-3)
   np.testing.assert_array_equal(result.valid, [True, True, False, True])
+
+
+def combine_by_group(weights, group, **values):
+  """Scores and parts of samples whose terms have given values."""
+  config = scorer.default_config()
+  config.combine = "group"
+  count = len(next(iter(values.values())))
+  terms = [
+    scorer.Term(name, weights[name], lambda samples, own=own: own)
+    for name, own in values.items()
+  ]
+  samples = [sample(id=str(i // group)) for i in range(count)]
+  return scorer.score_samples(config, terms, samples, None, group=group)
+
+
+def test_gdpo_by_hand():
+  result = combine_by_group(
+    {"a": 1.0, "b": 0.5}, 2, a=[0.0, 1.0, 1.0, 1.0], b=[0.0, 4.0, 8.0, 2.0]
+  )
+  h = 1 / np.sqrt(2)
+  sums = np.array([-h - 0.5 * h, h + 0.5 * h, 0.5 * h, -0.5 * h])
+  deviation = np.sqrt((2 * (1.5 * h) ** 2 + 2 * (0.5 * h) ** 2) / 3)
+  np.testing.assert_allclose(result.scores, sums / deviation, rtol=1e-3)
+  np.testing.assert_allclose(
+    result.weighted["a"], np.array([-h, h, 0, 0]) / deviation, rtol=1e-3
+  )
+  np.testing.assert_allclose(result.raw["b"], [0, 4, 8, 2])
+
+
+def test_gdpo_equals_a_loop_over_valid_responses():
+  rng, group = np.random.default_rng(0), 4
+  values = {"a": rng.normal(3, 5, 24), "b": rng.normal(0, 0.1, 24)}
+  values["a"][[2, 9]] = np.nan
+  values["b"][9] = np.nan
+  weights = {"a": 0.3, "b": 2.0}
+  result = combine_by_group(weights, group, **{k: list(x) for k, x in values.items()})
+  sums = np.zeros(24)
+  for name, own in values.items():
+    for start in range(0, 24, group):
+      rows = own[start : start + group]
+      known = rows[~np.isnan(rows)]
+      normal = (rows - known.mean()) / (known.std(ddof=1) + 1e-4)
+      sums[start : start + group] += weights[name] * normal
+  valid = ~np.isnan(sums)
+  want = (sums - sums[valid].mean()) / (sums[valid].std(ddof=1) + 1e-4)
+  np.testing.assert_array_equal(result.valid, valid)
+  np.testing.assert_allclose(result.scores, want, rtol=1e-9)
+  parts = sum(result.weighted.values())
+  np.testing.assert_allclose(parts[valid], want[valid], rtol=1e-9)
+  np.testing.assert_allclose(result.scores[valid].mean(), 0, atol=1e-9)
+  np.testing.assert_allclose(result.scores[valid].std(ddof=1), 1, rtol=1e-3)
+
+
+def test_gdpo_has_no_scores_for_ties_alone():
+  result = combine_by_group({"a": 1.0}, 2, a=[0.1, 0.1, 0.3, 0.3])
+  np.testing.assert_allclose(result.scores, 0, atol=1e-9)
 
 
 def test_more_invalid_samples_than_allowed_end_a_run_with_the_first_traceback():

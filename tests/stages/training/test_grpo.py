@@ -61,7 +61,7 @@ def test_samples_are_those_of_the_groups_that_differ_most(one, whole, tmp_path):
   spread = np.array([row["score"] for row in every]).reshape(4, 3).std(axis=1)
   best = np.sort(np.argsort(spread)[-2:])
   assert list(best) == [1, 3]
-  for name in ("id", "prompt", "response", "score", "terms", "truth"):
+  for name in ("id", "prompt", "response", "score", "terms", "raw_terms", "truth"):
     want = [every[3 * group + i][name] for group in best for i in range(3)]
     assert [row[name] for row in kept] == want, name
   indices = common.batch_indices(run, len(run.splits.prompts), 4, step=0)

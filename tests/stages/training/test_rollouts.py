@@ -42,6 +42,15 @@ def test_terms_of_a_row_add_up_to_its_score(unmoved):
     assert sum(row["terms"].values()) == pytest.approx(row["score"], abs=1e-5)
 
 
+def test_terms_of_a_row_are_raw_and_weighted(unmoved):
+  for row in unmoved[0]:
+    raw, weighted = row["raw_terms"], row["terms"]
+    assert list(raw) == list(weighted)
+    for name, weight in (("brevity", 1), ("length", -0.5), ("stop", -1)):
+      assert weighted[name] == pytest.approx(weight * raw[name])
+    assert raw["stop"] == (not row["has_stop"])
+
+
 def test_the_report_shows_each_term(workdir):
   [line, _] = small.metrics(workdir / "ppo")
   for name, weight in (("brevity", 1), ("length", -0.5), ("stop", -1)):
@@ -54,11 +63,25 @@ def test_the_report_shows_each_term(workdir):
   [source] = make_stage_source(workdir, "ppo")
   answers = [answer for group in source["groups"] for answer in group["answers"]]
   assert all(len(answer["terms"]) == 4 for answer in answers)
+  assert all(answer["raw_terms"].keys() == answer["terms"].keys() for answer in answers)
 
 
 def test_videos_are_named_from_the_workdir_or_whole(unmoved, one):
   videos = {example["id"]: example["video"] for example in one.splits.prompts}
   assert all(videos[row["id"]].endswith(row["video"]) for row in unmoved[0])
+
+
+@pytest.mark.parametrize(
+  "section, remedy",
+  [("ppo", "tis_max=2$"), ("grpo", "tis_max=2 and old_logps=computed")],
+)
+def test_servers_require_importance_weights(one, section, remedy):
+  config = one.config.copy_and_resolve_references()[section]
+  config.rollout.engine = "vllm"
+  with pytest.raises(ValueError, match=f"^tis_max=0 .*vllm.* set {remedy}"):
+    rollouts.check(config)
+  config.tis_max = 2.0
+  rollouts.check(config)
 
 
 def test_files_are_of_the_first_step_and_of_every_so_many(one):

@@ -4,7 +4,10 @@ import base64
 import collections
 import io
 import json
+import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -12,14 +15,24 @@ from pytest_httpserver import HTTPServer
 from safetensors.numpy import load_file
 from werkzeug import Response
 
-from tests.engine.policy import NEW, PAD, ROWS, SAMPLES, load, make_sampler, sample
+from tests.engine.policy import (
+  NEW,
+  PAD,
+  ROWS,
+  SAMPLES,
+  load,
+  make_sampler,
+  prompts,
+  sample,
+)
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.interrupts import Stopped
 from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.runtime import resume_policy
-from vlmrlaif_jax.stages.training import server_sampler
+from vlmrlaif_jax.stages.training import rollout_settings, server_sampler
 
+FACTOR = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
 TOKENS = [[7, 9, 2], [8] * NEW, [2], [5, 2]]  # Of each sample.
 
 
@@ -28,7 +41,11 @@ class Engine:
 
   def __init__(self, server: HTTPServer):
     self.server, self.url = server, server.url_for("/v1")
-    self.adapters, self.requests = set(), collections.Counter()
+    self.adapters, self.requests = {}, collections.Counter()  # Tensors by name.
+    self.models = collections.Counter()  # Completions by adapter.
+    self.gate, self.waiting = threading.Event(), 0  # Requests wait while it is clear.
+    self.gate.set()
+    self.lock = threading.Lock()
     self.failures = []  # Statuses of the next completions.
     self.loads = self.returns_ids = True
     for name, answer in (
@@ -45,13 +62,13 @@ class Engine:
       return Response("{}", 404)
     if given["lora_name"] in self.adapters and not given["load_inplace"]:
       return Response(json.dumps({"message": "already loaded"}), 400)
-    self.tensors = load_file(given["lora_path"] + "/adapter_model.safetensors")
-    self.adapters.add(given["lora_name"])
+    tensors = load_file(given["lora_path"] + "/adapter_model.safetensors")
+    self.adapters[given["lora_name"]] = self.tensors = tensors
     return Response("loaded")
 
   def unload(self, request):
     self.requests["unload"] += 1
-    self.adapters.remove(request.get_json()["lora_name"])
+    del self.adapters[request.get_json()["lora_name"]]
     return Response("unloaded")
 
   def complete(self, request):
@@ -63,7 +80,13 @@ class Engine:
       return Response(json.dumps({"error": {"message": "refused"}}), status)
     if given["model"] not in self.adapters:
       return Response("{}", 404)
-    self.requests["completions"] += 1
+    with self.lock:
+      self.waiting += 1
+    self.gate.wait(60)
+    with self.lock:
+      self.waiting -= 1
+      self.requests["completions"] += 1
+      self.models[given["model"]] += 1
     rows = torch.load(io.BytesIO(base64.b64decode(given["prompt_embeds"])))
     choices = [
       {
@@ -80,7 +103,7 @@ class Engine:
 
 @pytest.fixture
 def engine():
-  with HTTPServer() as server:
+  with HTTPServer(threaded=True) as server:
     yield Engine(server)
 
 
@@ -103,10 +126,58 @@ def test_responses_are_in_order_after_their_prompts(engine, tmp_path):
 def test_the_adapter_has_the_trained_factors_and_is_removed(engine, tmp_path):
   sample(make_sampler(tmp_path, engine.url))
   lora = load()[1]["policy"]["lora"]["llm"]["blocks"]["q"]
-  name = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
-  np.testing.assert_array_equal(engine.tensors[name], np.asarray(lora["a"][2]).T)
+  np.testing.assert_array_equal(engine.tensors[FACTOR], np.asarray(lora["a"][2]).T)
   assert engine.requests == {"load": 1, "completions": len(ROWS), "unload": 1}
   assert not engine.adapters and not list((tmp_path / "adapters").iterdir())
+
+
+def test_rollouts_in_flight_have_adapters_of_their_own(engine, tmp_path):
+  sampler, (model, params, frozen) = make_sampler(tmp_path, engine.url), load()
+  engine.gate.clear()  # No response arrives.
+  begin = lambda scale: sampler.begin(
+    jax.random.key(scale),
+    jax.tree.map(lambda x: scale * x, params),
+    frozen,
+    prompts(model),
+  )
+  pending = [begin(scale) for scale in (1, 2)]
+  wait_until(lambda: engine.waiting == 2 * len(ROWS))
+  first, second = sorted(engine.adapters)
+  assert set(engine.adapters) == {x.name for x in (tmp_path / "adapters").iterdir()}
+  lora = params["policy"]["lora"]["llm"]["blocks"]["q"]["a"]
+  for name, scale in ((first, 1), (second, 2)):
+    sent = engine.adapters[name][FACTOR]
+    np.testing.assert_array_equal(sent, scale * np.asarray(lora[2]).T)
+  engine.gate.set()
+  for each in pending:
+    assert sampler.finish(each).batch.tokens.shape[0] == len(ROWS) * SAMPLES
+  assert engine.models == {first: len(ROWS), second: len(ROWS)}
+  assert not engine.adapters and not list((tmp_path / "adapters").iterdir())
+
+
+def test_rollouts_in_flight_share_the_limit_of_requests(engine, tmp_path):
+  sampler, (model, params, frozen) = (
+    make_sampler(tmp_path, engine.url, concurrency=2),
+    load(),
+  )
+  engine.gate.clear()
+  rows = prompts(model)
+  pending = [sampler.begin(jax.random.key(i), params, frozen, rows) for i in range(2)]
+  wait_until(lambda: engine.waiting == 2)
+  time.sleep(0.2)
+  assert engine.waiting == 2
+  engine.gate.set()
+  for each in pending:
+    sampler.finish(each)
+  assert engine.requests["completions"] == 2 * len(ROWS)
+
+
+def wait_until(is_true):
+  for _ in range(1000):
+    if is_true():
+      return
+    time.sleep(0.01)
+  pytest.fail("it did not become true in 10 s")
 
 
 @pytest.mark.parametrize("status", [404, 500, 503])
@@ -154,25 +225,26 @@ def test_the_run_stops_when_no_server_replies(tmp_path):
     (dict(urls=("127.0.0.1:8000",)), "urls"),
     (dict(urls=("http://10.0.0.1:8000/v1",)), "allow_remote=True"),
     (dict(concurrency=0), "concurrency"),
+    (dict(max_staleness=-1), "max_staleness"),
   ],
 )
 def test_invalid_settings_are_named(values, error):
-  config = server_sampler.default_config()
+  config = rollout_settings.default_config()
   config.update({"engine": "vllm", **values})
   with pytest.raises(ValueError, match=error):
-    server_sampler.check(config)
+    rollout_settings.check(config)
 
 
 def test_another_address_is_used_if_the_user_allows_it():
-  config = server_sampler.default_config()
+  config = rollout_settings.default_config()
   config.update(engine="vllm", urls=("http://10.0.0.1/v1",), allow_remote=True)
-  server_sampler.check(config)
+  rollout_settings.check(config)
 
 
 def test_servers_may_change_when_a_run_is_resumed():
-  config = server_sampler.default_config()
+  config = rollout_settings.default_config()
   fixed = resume_policy.select_fixed_settings(config, "grpo.rollout")
-  assert fixed == {"grpo.rollout.engine": "jax"}
+  assert fixed == {"grpo.rollout.engine": "jax", "grpo.rollout.max_staleness": 0}
 
 
 def test_positions_with_axes_are_refused():

@@ -132,8 +132,12 @@ const mark = (answer) => {
   return make("span", { class: "wrong" }, answer.mistakes > 0 ? `✗ ${plural(answer.mistakes, "mistake")}` : "✗ wrong");
 };
 const terms = (answer) => {
-  const parts = Object.entries(answer.terms || {}).filter(([, x]) => x);
-  return parts.length > 1 ? ` = ${parts.map(([name, x]) => `${name} ${number(x)}`).join(", ")}` : "";
+  // Each term is shown weighted, and raw in parentheses if that differs.
+  const raw = answer.raw_terms || {};
+  const differs = (name, x) => raw[name] !== undefined && raw[name] !== x;
+  const parts = Object.entries(answer.terms || {}).filter(([name, x]) => x || raw[name]);
+  if (parts.length === 0 || (parts.length === 1 && !differs(...parts[0]))) return "";
+  return ` = ${parts.map(([name, x]) => `${name} ${number(x)}${differs(name, x) ? ` (raw ${number(raw[name])})` : ""}`).join(", ")}`;
 };
 const worth = (answer, scores) => {
   // Shown within one group only, because runs have different judges.

@@ -75,6 +75,12 @@ def load_function(
   return function
 
 
+def find_function_file(text: str) -> pathlib.Path | None:
+  """Returns the file of a function that `fn` names by path; None for others."""
+  place, _, name = text.rpartition(":")
+  return pathlib.Path(place) if name and place.endswith(".py") else None
+
+
 def _import_file(place: str) -> Any:
   path = pathlib.Path(place).resolve()
   spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)

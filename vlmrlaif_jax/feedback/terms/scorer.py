@@ -34,7 +34,7 @@ JUDGE_TERMS: dict[str, Callable[[Mapping[str, Any], JudgeSources], TermFunction]
   "rank": rank.make_rank_term,
 }
 GROUP_TERMS = ("rank",)  # Terms that compare the responses to one prompt.
-EPSILON = 1e-4  # Added to the deviation of a group, as in GRPO.
+EPSILON = 1e-4  # Added to the deviation of a group or a batch, as in GRPO.
 MAX_IDS = 5  # Ids of invalid samples in a message.
 
 
@@ -61,8 +61,9 @@ def default_config() -> ConfigDict:
         max_new=256,  # Tokens of its reply.
         batch=64,  # Queries per batch.
       ),
-      # "sum" of the weighted terms, or "group": each term is first normalized within
-      # its group of responses (GDPO, 2601.05242), for GRPO only.
+      # "sum" of the weighted terms, or "group" (GDPO, 2601.05242), for GRPO only: each
+      # term is first normalized within its group of responses, and the sum over the
+      # batch.
       combine="sum",
       concurrency=8,  # Concurrent calls of an async function, per process.
       timeout_s=60.0,  # Seconds of a call: a sample, or a batch without async.
@@ -283,7 +284,12 @@ def _weigh_normalized_terms(
   weights: Mapping[str, float],
   group: int,
 ) -> dict[str, Float[np.ndarray, " rows"]]:
-  """Returns weight * (value - mean) / (deviation + EPSILON), by group and term."""
+  """Returns the parts of GDPO's advantages by term (2601.05242).
+
+  A value is normalized within its group: weight * (value - mean) / (deviation +
+  EPSILON). The sum of all terms is then normalized in the same way over the valid
+  responses of the batch. The mean of the sum is subtracted by term.
+  """
   weighted = {}
   for name, values in raw.items():
     rows = values.reshape(-1, group)
@@ -291,7 +297,13 @@ def _weigh_normalized_terms(
     centered = rows - np.nansum(rows, axis=1, keepdims=True) / np.maximum(count, 1)
     variance = np.nansum(centered**2, axis=1, keepdims=True) / np.maximum(count - 1, 1)
     weighted[name] = (weights[name] * centered / (np.sqrt(variance) + EPSILON)).ravel()
-  return weighted
+  total = np.sum(list(weighted.values()), axis=0)
+  valid = np.isfinite(total)
+  deviation = np.std(total[valid], ddof=1) if valid.sum() > 1 else 0.0
+  center = lambda values: values - (np.mean(values[valid]) if valid.any() else 0.0)
+  return {
+    name: center(values) / (deviation + EPSILON) for name, values in weighted.items()
+  }
 
 
 COMBINATIONS = {"sum": _weigh_terms, "group": _weigh_normalized_terms}

@@ -55,12 +55,6 @@ def check(config: ConfigDict, section: str = "grpo") -> None:
     check_choices(settings, {"kl_anchor": KL_ANCHORS})
     oracles.check(settings.oracle)
     rollouts.check(settings)
-    if settings.rollout.engine != "jax" and not settings.tis_max:
-      raise ValueError(
-        f"tis_max=0 ignores that the probabilities of rollout.engine="
-        f"{settings.rollout.engine} differ a little from the trainer's: set "
-        "tis_max=2 and old_logps=computed"
-      )
   if settings.oracle.kind in oracles.REWARD_KINDS:
     with user_errors("reward"):
       scorer.check(config.reward)
@@ -89,7 +83,7 @@ def make_job(
     run: The run.
     stage: Name of the stage, which is also that of its section.
     score: Scores a batch of responses; see oracles.make_oracle. None for a plan.
-    sampler: Samples the responses; None for the devices.
+    sampler: Samples the responses; None for the devices, and for a plan.
   """
   config = run.config[stage]
   params, frozen = role_params.make_policy_roles(
@@ -116,15 +110,15 @@ def make_job(
   )
   if has_reward_model:
     frozen["reward"] = role_params.load_reward_model(run)
+  planned_sampler, sampling_passes = rollouts.plan_sampling(run, config, sampling)
   passes = {
-    "sample": workloads.make_sampling_passes(
-      run, sampled_prompts, sampling, slots=config.slots
-    ),
+    **sampling_passes,
     **scoring,
     "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
-  parts = MethodModels(policy=run.policy, score=score or planned_score, sampler=sampler)
+  score, sampler = score or planned_score, sampler or planned_sampler
+  parts = MethodModels(policy=run.policy, score=score, sampler=sampler)
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,

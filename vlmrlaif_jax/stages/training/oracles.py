@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -55,6 +56,16 @@ MAX_TRANSCRIPT_REPLIES = 4  # Replies of a judge per group in the samples.
 MAX_TRANSCRIPT_CHARS = 1000  # Characters of a query and of a reply in the samples.
 
 
+class TermValues(NamedTuple):
+  """The terms of a batch's scores by name."""
+
+  raw: Mapping[str, Float[np.ndarray, " rows"]]  # Values of the functions.
+  weighted: Mapping[str, Float[np.ndarray, " rows"]]  # Parts whose sum is the score.
+
+
+NO_TERMS = TermValues({}, {})
+
+
 class Oracle(NamedTuple):
   """A scoring function for groups of responses, and its metrics."""
 
@@ -63,8 +74,8 @@ class Oracle(NamedTuple):
   get_metrics: Callable[[], dict[str, float]] = dict
   # Replies of the judge about an example's responses in the last batch.
   list_replies: Callable[[Example], list[str]] = lambda example: []
-  # Parts of the scores of the last batch by term; their sum is the score.
-  get_terms: Callable[[], Mapping[str, np.ndarray]] = dict
+  # Terms of the scores of the last batch.
+  get_terms: Callable[[], TermValues] = lambda: NO_TERMS
   # Returns the rewards to report for the scores of groups, if they are ranks.
   report: Callable[[np.ndarray], np.ndarray] | None = None
 
@@ -281,7 +292,7 @@ def make_reward_oracle(
   return Oracle(
     score,
     get_metrics=lambda: scorer.compute_term_metrics(score.last),
-    get_terms=lambda: score.last.weighted,
+    get_terms=lambda: TermValues(score.last.raw, score.last.weighted),
   )
 
 
@@ -297,7 +308,9 @@ def _rank_rewards(
     compare = _add_noise(run, config, rankers.score_ranker(lambda *_: known))
     return rankers.make_score_fn(compare, examples, decode, stops=())(frozen, batch)
 
-  return oracle._replace(score=score, get_terms=dict, report=rankers.compute_win_rates)
+  return oracle._replace(
+    score=score, get_terms=lambda: NO_TERMS, report=rankers.compute_win_rates
+  )
 
 
 def _add_noise(

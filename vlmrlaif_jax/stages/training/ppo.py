@@ -80,7 +80,7 @@ def make_job(
     run: The run.
     stage: Name of the stage.
     score: Scores a batch of responses; see oracles.make_reward_oracle. None for a plan.
-    sampler: Samples the responses; None for the devices.
+    sampler: Samples the responses; None for the devices, and for a plan.
   """
   config, data = run.config.ppo, run.config.data
   has_reward_model = scorer.has_model_term(run.config.reward)
@@ -97,11 +97,12 @@ def make_job(
   planned_score, scoring = oracles.plan_scoring(
     run, rows, time, has_reward_model=has_reward_model
   )
+  planned_sampler, sampling_passes = rollouts.plan_sampling(run, config, sampling)
   parts = MethodModels(
     policy=run.policy,
     critic=run.reward_model,
     score=score or planned_score,
-    sampler=sampler,
+    sampler=sampler or planned_sampler,
   )
   ids = answering.get_token_ids(run)
   return common.make_training_job(
@@ -112,9 +113,7 @@ def make_job(
     frozen=frozen,
     batch_spec=specs.batch_specs(run, prompts, start),
     passes={
-      "sample": workloads.make_sampling_passes(
-        run, prompts, sampling, slots=config.slots
-      ),
+      **sampling_passes,
       **scoring,
       "prepare_rollout": [
         make_pass("forward", each, rows) for each in ("policy", "ref", "critic")

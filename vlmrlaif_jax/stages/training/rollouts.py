@@ -12,14 +12,20 @@ from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import subsection
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import ModelPass, RemoteSampler
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.templates import show_media
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.runtime import answering, video
+from vlmrlaif_jax.runtime import answering, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS
-from vlmrlaif_jax.stages.training import common, oracles, server_sampler
+from vlmrlaif_jax.stages.training import (
+  common,
+  oracles,
+  rollout_settings,
+  server_sampler,
+)
 
 # Entries of the info of `collect` that samples need.
 ROLLOUT_COLUMNS = (
@@ -35,7 +41,7 @@ def get_rollout_settings() -> dict[str, Any]:
     epochs=1,  # Passes over each rollout.
     minibatches=placeholder(int),  # Updates per pass.
     samples_every=placeholder(int),  # Steps between two files of samples.
-    rollout=server_sampler.default_config(),
+    rollout=rollout_settings.default_config(),
   )
 
 
@@ -46,12 +52,18 @@ def check(config: ConfigDict) -> None:
     ValueError: A value is invalid. The message starts with the setting's name.
   """
   with subsection("rollout"):
-    server_sampler.check(config.rollout)
+    rollout_settings.check(config.rollout)
   if config.rollout.engine != "jax" and config.temperature != 1:
     raise ValueError(
       f"temperature={config.temperature} must be 1 for rollout.engine="
       f"{config.rollout.engine}, because servers return the log-probabilities of "
       "temperature 1"
+    )
+  if config.rollout.engine != "jax" and not config.tis_max:
+    remedy = "tis_max=2" + (" and old_logps=computed" if "old_logps" in config else "")
+    raise ValueError(
+      f"tis_max=0 ignores that the probabilities of rollout.engine="
+      f"{config.rollout.engine} differ a little from the trainer's: set {remedy}"
     )
 
 
@@ -76,6 +88,25 @@ def make_rollout_sampler(
   return server_sampler.ServerSampler(
     config.rollout, run.policy, settings, folder / "adapters"
   )
+
+
+def plan_sampling(
+  run: Run, config: ConfigDict, sampling: answering.SamplingSettings
+) -> tuple[RemoteSampler | None, dict[str, list[ModelPass]]]:
+  """Returns the sampler of a plan, None for the devices, and the passes by name.
+
+  Args:
+    run: The run.
+    config: Section of the stage.
+    sampling: Settings of sampling; the batch is that of a step's prompts.
+  """
+  if config.rollout.engine == "jax":
+    passes = workloads.make_sampling_passes(
+      run, sampling.batch, sampling, slots=config.slots
+    )
+    return None, {"sample": passes}
+  max_new = sampling.max_new
+  return server_sampler.PlannedSampler(run.policy, config.samples, max_new), {}
 
 
 class StepSamples(NamedTuple):
@@ -119,7 +150,10 @@ def make_sample_rows(
   The first row of an example contains the judge's replies about its responses.
   """
   info, rows = sampled.info, []
-  terms = {name: x[info["sampled_rows"]] for name, x in oracle.get_terms().items()}
+  terms = oracle.get_terms()
+  pick = lambda values, i: {
+    name: float(x[info["sampled_rows"][i]]) for name, x in values.items()
+  }
   for i, example in enumerate(sampled.examples):
     is_first = i == 0 or sampled.examples[i - 1] is not example
     replies = oracle.list_replies(example) if is_first else []
@@ -131,7 +165,8 @@ def make_sample_rows(
       "prompt": show_media(example["question"]),
       "response": sampled.texts[i],
       "score": float(info["scores"][i]),
-      "terms": {name: float(x[i]) for name, x in terms.items()} if valid else {},
+      "terms": pick(terms.weighted, i) if valid else {},
+      "raw_terms": pick(terms.raw, i) if valid else {},
       "kl": float(info["row_kl"][i]),
       "valid": valid,
       "advantage": float(info["row_advantages"][i]),

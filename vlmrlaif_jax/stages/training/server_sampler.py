@@ -10,25 +10,27 @@ older adapter, cannot answer for it. The API is that of vLLM.
 import asyncio
 import base64
 import concurrent.futures
+import functools
 import importlib.util
 import io
 import json
 import pathlib
 import shutil
+import threading
 import time
-import urllib.parse
 import uuid
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import openai
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
-from vlmrlaif_jax.core.errors import UserError, check_at_least, check_choices
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.interrupts import Stopped
 from vlmrlaif_jax.core.types import Batch, Params, merge_params
 from vlmrlaif_jax.feedback.server_failures import describe_error
@@ -36,48 +38,7 @@ from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models.vlm import VLM, encode_video
 from vlmrlaif_jax.sampling.generate import SampledResponses, join_responses
 
-ENGINES = ("jax", "vllm")
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 LONGEST_WAIT_S = 5.0  # Longest wait before a server that failed is tried again.
-
-
-def default_config() -> ConfigDict:
-  """Returns the settings of the engine that samples rollouts."""
-  return ConfigDict(
-    dict(
-      # "jax" samples with the devices that train; "vllm" with servers.
-      engine="jax",
-      # URLs up to the version, as in "http://127.0.0.1:8000/v1".
-      urls=("http://127.0.0.1:8000/v1",),
-      concurrency=64,  # Concurrent requests to each server, each for one prompt.
-      timeout_s=300.0,  # Time limit of a request.
-      patience_s=600.0,  # Time without any response after which the run stops.
-      # True permits addresses other than this machine's. Servers have no password, and
-      # receive embeddings of the videos.
-      allow_remote=False,
-    )
-  )
-
-
-def check(config: ConfigDict) -> None:
-  """Checks the settings of the engine.
-
-  Raises:
-    ValueError: A value is invalid. The message starts with the setting's name.
-  """
-  check_choices(config, {"engine": ENGINES})
-  check_at_least(config, {"concurrency": 1, "timeout_s": 0, "patience_s": 0})
-  if not config.urls:
-    raise ValueError("urls is empty: give the URL of each server")
-  for url in config.urls:
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-      raise ValueError(f'urls must be like "http://127.0.0.1:8000/v1", not {url!r}')
-    if parts.hostname not in LOCAL_HOSTS and not config.allow_remote:
-      raise ValueError(
-        f"urls has {url!r}, which is not on this machine: set allow_remote=True to "
-        "send it the adapters and the embeddings of prompts and videos"
-      )
 
 
 def check_servable(model: VLM) -> None:
@@ -115,11 +76,14 @@ class RowResponses(NamedTuple):
 
 
 class _Server:
-  """A server, the adapter that it has, and the time until which it is left alone."""
+  """A server as a rollout sees it: whether it has the adapter, and when it failed.
 
-  def __init__(self, url: str, config: ConfigDict):
+  Rollouts that are sampled concurrently share its slots.
+  """
+
+  def __init__(self, url: str, config: ConfigDict, slots: asyncio.Semaphore):
     self.url, self.adapter, self.retry_at, self.failures = url, "", 0.0, 0
-    self.lock, self.slots = asyncio.Lock(), asyncio.Semaphore(config.concurrency)
+    self.lock, self.slots = asyncio.Lock(), slots
     self.client = openai.AsyncOpenAI(
       base_url=url, api_key="none", max_retries=0, timeout=config.timeout_s
     )
@@ -134,8 +98,11 @@ class _Server:
 class ServerSampler:
   """Samples responses on servers, with the weights of the role "policy".
 
+  Several rollouts may be begun before the first is finished. Each has an adapter of its
+  own, which is removed when all its responses have arrived.
+
   Args:
-    config: Settings, see default_config.
+    config: Settings, see rollout_settings.default_config.
     policy: Model of the policy, whose text model the servers have.
     settings: Settings of sampling.
     folder: Folder of adapters, which the servers can read.
@@ -169,7 +136,10 @@ class ServerSampler:
     # Special tokens at the end of the vocabulary are not sampled.
     self._bias = {str(i): -100 for i in range(settings.vocab, policy.llm.vocab)}
     self._run, self._count = uuid.uuid4().hex[:8], 0
-    self._threads = concurrent.futures.ThreadPoolExecutor(1, "rollout")
+    self._slots = {url: asyncio.Semaphore(config.concurrency) for url in config.urls}
+    self._loop = asyncio.new_event_loop()
+    # A daemon, so that a run that ends does not wait for rollouts sampled ahead.
+    threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True).start()
 
     @jax.jit
     def embed(params: Params, frozen: Params, prompts: Batch):
@@ -201,8 +171,8 @@ class ServerSampler:
     rows, mask = jax.device_get((embeddings, prompts.mask))
     seeds = jax.random.randint(key, (len(rows),), 0, 2**31 - 1).tolist()
     texts = [encode_embeddings(row[real]) for row, real in zip(rows, mask, strict=True)]
-    future = self._threads.submit(self._sample, adapter, texts, seeds)
-    return prompts, future
+    sampling = self._sample(adapter, texts, seeds)
+    return prompts, asyncio.run_coroutine_threadsafe(sampling, self._loop)
 
   def finish(
     self, pending: tuple[Batch, concurrent.futures.Future]
@@ -218,18 +188,10 @@ class ServerSampler:
     samples = self._settings.samples
     return self._join(prompts, tokens, mask, logps, samples=samples)
 
-  def _sample(
+  async def _sample(
     self, adapter: pathlib.Path, texts: Sequence[str], seeds: Sequence[int]
   ) -> list[RowResponses]:
-    try:
-      return asyncio.run(self._sample_all(adapter, texts, seeds))
-    finally:
-      shutil.rmtree(adapter, ignore_errors=True)
-
-  async def _sample_all(
-    self, adapter: pathlib.Path, texts: Sequence[str], seeds: Sequence[int]
-  ) -> list[RowResponses]:
-    servers = [_Server(url, self._config) for url in self._config.urls]
+    servers = [_Server(url, self._config, each) for url, each in self._slots.items()]
     self._last_reply = time.monotonic()  # Of any server.
     tasks = [
       asyncio.create_task(self._sample_row(servers, i, adapter, text, seed))
@@ -244,6 +206,7 @@ class ServerSampler:
         task.cancel()
       await asyncio.gather(*tasks, return_exceptions=True)
       await asyncio.gather(*(server.client.close() for server in servers))
+      shutil.rmtree(adapter, ignore_errors=True)
 
   async def _sample_row(
     self,
@@ -312,6 +275,40 @@ class ServerSampler:
       [choice["token_ids"] for choice in choices],
       [choice["logprobs"]["token_logprobs"] for choice in choices],
     )
+
+
+class PlannedSampler(NamedTuple):
+  """The shapes of a rollout that servers sample, for a plan of the devices.
+
+  No program of the devices computes its arrays, which are zeros.
+  """
+
+  policy: VLM
+  samples: int
+  max_new: int
+
+  def begin(
+    self, key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch
+  ) -> Batch:
+    """Returns the encoded prompts."""
+    variables = merge_params(frozen["policy"], params["policy"])
+    return _fill_zeros(functools.partial(encode_video, self.policy), variables, prompts)
+
+  def finish(self, pending: Batch) -> SampledResponses:
+    """Returns the responses."""
+
+    def join(prompts: Batch) -> SampledResponses:
+      shape = (len(prompts.tokens) * self.samples, self.max_new)
+      tokens, logps = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+      return join_responses(prompts, tokens, tokens > 0, logps, samples=self.samples)
+
+    return _fill_zeros(join, pending)
+
+
+def _fill_zeros(call: Callable[..., Any], *args: Any) -> Any:
+  """Returns zeros in the shapes of a function's result."""
+  shapes = jax.eval_shape(call, *args)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _choose_server(servers: Sequence[_Server], turn: int) -> _Server:
