@@ -30,9 +30,9 @@ def answered(response):
   return sample(response=response, record={"truth": truth})
 
 
-def score(samples, cache, kwargs):
+def score(samples, cache, kwargs, term="claims"):
   config = scorer.default_config()
-  config.terms = ConfigDict({"claims": {"kwargs": kwargs}})
+  config.terms = ConfigDict({term: {"kwargs": kwargs}})
   terms = scorer.load_terms(config, cache)
   return scorer.score_samples(config, terms, samples, None)
 
@@ -53,12 +53,15 @@ def test_truth_counts_accepted_denied_and_missing_claims():
   assert result.scores.tolist() == [1, 0.5, 0.1, 0, 1, -0.5, 0]
   result = score(samples, NO_FILE, {"judge": "truth", "missing": False})
   assert result.scores.tolist() == [1, 1, 0.2, 0, 1, -1, 0]
+  # Half for the stated facts, and half for no other statement.
+  result = score(samples, NO_FILE, {"judge": "truth"}, "rubric")
+  assert result.scores.tolist() == [1, 0.75, 0.1875, 0.5, 1, 0, 0.5]
 
 
-def test_truth_has_no_value_for_another_record():
-  result = score(
-    [sample(record={}), answered("It is red.")], NO_FILE, {"judge": "truth"}
-  )
+@pytest.mark.parametrize("term", ["claims", "rubric"])
+def test_truth_has_no_value_for_another_record(term):
+  samples = [sample(record={}), answered("It is red.")]
+  result = score(samples, NO_FILE, {"judge": "truth"}, term)
   assert result.valid.tolist() == [False, True]
   assert "set kwargs.judge='endpoint'" in result.failures["claims"]
 

@@ -15,11 +15,12 @@ from vlmrlaif_jax.core.errors import subsection
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery
 from vlmrlaif_jax.feedback.replies.lists import parse_list
 from vlmrlaif_jax.feedback.replies.options import parse_yes_no
-from vlmrlaif_jax.feedback.terms import servers
+from vlmrlaif_jax.feedback.terms import claims, servers
 from vlmrlaif_jax.feedback.terms.functions import Outcome
 from vlmrlaif_jax.feedback.terms.sample import Sample
 from vlmrlaif_jax.feedback.terms.servers import JudgeSources
 
+RUBRIC_JUDGES = (*servers.TERM_JUDGES, "truth")
 WRITE_PROMPT = (
   "You are given a question about a video. Write at most five criteria for a good "
   "response to it. Each must be short, and it must be possible to say by yes or no "
@@ -44,14 +45,14 @@ class Criterion(NamedTuple):
 def read_rubric_settings(kwargs: Mapping[str, Any], server: ConfigDict) -> ConfigDict:
   """Returns the settings of the term `rubric`, after a check.
 
-  They are the "judge" ("endpoint" or "self"), those of a server, and "sees_video".
+  They are the "judge" (one of RUBRIC_JUDGES), those of a server, and "sees_video".
 
   Raises:
     ValueError: A setting is unknown or wrong. The message starts with "kwargs.".
   """
   with subsection("kwargs"):
     config = servers.read_server_settings(kwargs, server, sees_video=True)
-    servers.check_judge(config)
+    servers.check_judge(config, RUBRIC_JUDGES)
   return config
 
 
@@ -68,6 +69,8 @@ def make_rubric_term(
     sources: The judges that may be selected.
   """
   config = read_rubric_settings(kwargs, sources.server)
+  if config.judge == "truth":
+    return score_by_truth
   ask = servers.make_ask(config, sources)
   return lambda samples: score_by_rubric(samples, ask)
 
@@ -114,6 +117,22 @@ def score_by_rubric(samples: Sequence[Sample], ask: AskFn) -> list[Outcome]:
     return Outcome(met / sum(each.weight for each in rubric))
 
   return [score(i, rubric) for i, rubric in enumerate(rubrics)]
+
+
+def score_by_truth(samples: Sequence[Sample]) -> list[Outcome]:
+  """Returns the weighted share of criteria that the truth of the embedded world has.
+
+  The criteria are that the response states a fact, for each fact of the reference, and
+  that it states nothing else, which weighs as much as all facts.
+  """
+
+  def score(counts: claims.ClaimCounts | str) -> Outcome:
+    if isinstance(counts, str):
+      return Outcome(None, counts)
+    stated = counts.accepted / (counts.accepted + counts.missing)
+    return Outcome((stated + (counts.denied == 0)) / 2)
+
+  return [*map(score, claims.count_true_claims(samples, has_missing=True))]
 
 
 def parse_rubric(rubric: Any) -> list[Criterion]:
