@@ -7,6 +7,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -31,6 +32,7 @@ Shape: TypeAlias = jax.ShapeDtypeStruct
 MAX_NAMES = 5  # Names of tensors in a message.
 _CHUNK_BYTES = 8 << 20  # Bytes of a tensor that a process transfers per step.
 _HOST_PLATFORMS = ("cpu",)  # Platforms whose devices use the memory of the host.
+_READERS = 4  # Threads that read the layers of a parameter; copying needs no GIL.
 
 
 class TensorParts(NamedTuple):
@@ -219,20 +221,27 @@ def _read_slice(
   own = [range(*i.indices(n)) for i, n in zip(index, shape.shape, strict=True)]
   out = allocate_aligned(tuple(map(len, own)), shape.dtype)
   axes = [slice(i.start, i.stop) for i in own[source.stacked :]]
-  for layer, part in zip(out if source.stacked else [out], source.parts, strict=True):
-    if not axes:
-      layer[...] = part[()]
-      continue
-    rows, *others = axes[::-1] if source.op else axes
-    rest = others if source.op in ("", "T") else [slice(None)] * (len(part.shape) - 1)
-    count = max(1, _CHUNK_BYTES * part.shape[0] // part.nbytes)
-    for start in range(rows.start, rows.stop, count):
-      stop = min(start + count, rows.stop)
-      piece = _FROM_HF[source.op](part[(slice(start, stop), *rest)])
-      piece = piece if source.op in ("", "T") else piece[axes[0]]
-      written = slice(start - rows.start, stop - rows.start)
-      layer[(..., written) if source.op else written] = piece
+  layers = list(out) if source.stacked else [out]
+  read = functools.partial(_read_layer, op=source.op, axes=axes)
+  with ThreadPoolExecutor(min(_READERS, len(layers))) as pool:
+    list(pool.map(read, layers, source.parts))  # Raises what a thread has raised.
   return out
+
+
+def _read_layer(out: np.ndarray, part: Part, *, op: str, axes: Sequence[slice]) -> None:
+  """Reads a slice of a tensor into `out`."""
+  if not axes:
+    out[...] = part[()]
+    return
+  rows, *others = axes[::-1] if op else axes
+  rest = others if op in ("", "T") else [slice(None)] * (len(part.shape) - 1)
+  count = max(1, _CHUNK_BYTES * part.shape[0] // part.nbytes)
+  for start in range(rows.start, rows.stop, count):
+    stop = min(start + count, rows.stop)
+    piece = _FROM_HF[op](part[(slice(start, stop), *rest)])
+    piece = piece if op in ("", "T") else piece[axes[0]]
+    written = slice(start - rows.start, stop - rows.start)
+    out[(..., written) if op else written] = piece
 
 
 def _is_read_to_host(source: TensorParts, sharding: NamedSharding) -> bool:
