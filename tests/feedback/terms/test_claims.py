@@ -63,7 +63,7 @@ def test_truth_has_no_value_for_another_record(term):
   samples = [sample(record={}), answered("It is red.")]
   result = score(samples, NO_FILE, {"judge": "truth"}, term)
   assert result.valid.tolist() == [False, True]
-  assert "set kwargs.judge='endpoint'" in result.failures["claims"]
+  assert "set kwargs.judge='endpoint'" in result.failures[term]
 
 
 def reply(prompt):
