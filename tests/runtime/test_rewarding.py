@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
-from vlmrlaif_jax.runtime import rewarding, role_params, scoring
+from vlmrlaif_jax.runtime import answering, rewarding, role_params, scoring
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,22 @@ def test_texts_are_scored_by_the_terms_of_training(one, example):
   config.reward.terms.exact_match = {"weight": 2.0}
   score = rewarding.make_text_scorer(one._replace(config=config))
   assert score(one, [example] * 2, texts, stopped).scores.tolist() == [2, -1]
+
+
+def test_candidates_of_a_question_are_ranked_as_a_group(one, example, monkeypatch):
+  def rank(run, variables, queries, sampling, *, seed):
+    order = "[2, 1]" if "[1] Red." in queries[0].prompt else "[1, 2]"
+    return [[answering.VideoReply(order, True)] for _ in queries]
+
+  monkeypatch.setattr(answering, "answer_requests", rank)
+  config = one.config.copy_and_resolve_references()
+  config.reward.terms = ConfigDict({"rank": {"kwargs": {"judge": "self"}}})
+  score = rewarding.make_text_scorer(one._replace(config=config))
+  other = {**example, "id": "other"}
+  examples, texts = [example, example, other], ["Red.", "Blue.", "Red."]
+  result = score(one, examples, texts, [True] * 3)
+  np.testing.assert_array_equal(result.raw["rank"], [0, 1, np.nan])
+  assert "has one response" in result.failures["rank"]
 
 
 def test_the_policy_judges_what_fits_and_the_setting_is_named(one, example, capsys):

@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from configs import grm
 from tests.helpers.stage_runs import StageLog, save
 from tests.stages.training.test_generative_rm import in_folder
 from vlmrlaif_jax.core import jsonl
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.stages.evaluation import judges
 
@@ -81,3 +83,17 @@ def test_pairs_of_a_file_are_preferences_or_pair_tasks(run, tmp_path):
   run.config.judges.update(pairs=str(path), videos="/")
   _, [pair] = judges.load_judge_pairs(run, log)
   assert (pair["output_2"], pair["preference"]) == ("y", 2)
+
+
+def test_a_server_is_a_judge_only_if_it_is_selected():
+  config = grm.get_config()
+  config.judge.update(url="http://a/v1", key_env="")
+  judges.check(config)  # The server of other stages.
+  config.judges.endpoint.url = "http://b/v1"
+  with pytest.raises(UserError, match="judges.endpoint.url=.*judges.server=True"):
+    judges.check(config)
+  config.judges.server = True
+  with pytest.raises(UserError, match="judges.endpoint.model must be"):
+    judges.check(config)
+  config.judge.model = "m"
+  judges.check(config)

@@ -221,6 +221,19 @@ def test_the_policy_judges_the_claims_of_its_own_responses(one, tmp_path, monkey
   assert judge.name == "judge"
 
 
+def test_a_policy_that_writes_no_readable_judgements_ends_the_run(one, tmp_path):
+  run = with_oracle(one, tmp_path / "unread", kind="reward")
+  kwargs = {"kwargs": {"judge": "self"}}
+  run.config.reward.terms = ConfigDict({"judge": kwargs, "rank": kwargs})
+  run.config.reward.self_judge.update(prompt_len=300, max_new=2, batch=4)
+  with pytest.raises(UserError) as error:  # Random weights.
+    run_stage(run, "grpo")
+  message = str(error.value)
+  assert "6 of 6 samples have no score (judge 6" in message
+  assert any(example["id"] in message for example in run.splits.prompts)
+  assert "judge: the judge's reply has no score" in message
+
+
 def test_verdicts_are_of_prompts_that_ask_for_one(one, tmp_path):
   run = with_oracle(one, tmp_path / "verdict", kind="verdict")
   with pytest.raises(UserError, match="oracle.kind=verdict"):

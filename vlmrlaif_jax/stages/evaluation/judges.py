@@ -70,6 +70,12 @@ def check(config: ConfigDict) -> None:
     check_at_least(
       section, {"resamples": 1, "groups": 0, "prompt_len": 1, "max_new": 1}
     )
+    shared_url = config.judge.url if "judge" in config else ""
+    if not section.server and section.endpoint.url != shared_url:
+      raise ValueError(
+        f"endpoint.url={section.endpoint.url!r} is not queried: set "
+        "--config.judges.server=True, or leave it out"
+      )
     if section.server:
       with subsection("endpoint"):
         endpoint.check(section.endpoint)
