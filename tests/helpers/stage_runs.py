@@ -59,9 +59,9 @@ def run_stage(run, stage, folder=None) -> Trained:
   seen = []
   real = loop.run_training
 
-  def spy(job, update, state, sampler, **given):
+  def spy(job, update, state, samplers, **given):
     start = jax.device_get(state.params)  # What is given is donated.
-    seen.extend([start, real(job, update, state, sampler, **given)])
+    seen.extend([start, real(job, update, state, samplers, **given)])
     return seen[1]
 
   folder = run.workdir / stage if folder is None else folder

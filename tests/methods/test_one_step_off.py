@@ -19,7 +19,7 @@ from vlmrlaif_jax.core.types import MethodModels
 from vlmrlaif_jax.methods import _rollout, grpo
 from vlmrlaif_jax.sampling.generate import SampledResponses
 from vlmrlaif_jax.training import alarms, loop
-from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
+from vlmrlaif_jax.training.job import NO_HOOKS, Hooks, TrainingJob, TrainingSchedule
 from vlmrlaif_jax.training.update import default_config, init_state, make_update
 
 PROMPTS, SAMPLES, STEPS = 8, 8, 40
@@ -59,8 +59,18 @@ def alike(frozen, batch):
   return np.ones(len(batch.tokens)), np.ones(len(batch.tokens), bool)
 
 
-def trained(folder, max_staleness, *, start=None, score=even, steps=STEPS, **settings):
-  """The lines of metrics of a training."""
+def trained(
+  folder,
+  max_staleness,
+  *,
+  start=None,
+  score=even,
+  steps=STEPS,
+  on_update=lambda params: None,
+  hooks=NO_HOOKS,
+  **settings,
+):
+  """The lines of metrics of a training; on_update gets the params of each update."""
   start = start or {"policy": table(0), "ref": table(0)}
   config = grpo.default_config()
   config.update(
@@ -84,8 +94,14 @@ def trained(folder, max_staleness, *, start=None, score=even, steps=STEPS, **set
         passes={},
         alarms=alarms.default_config(),
         data=prompts,
+        hooks=hooks,
       )
-      update = jax.jit(make_update(method.loss, tx), donate_argnums=0)
+      jitted = jax.jit(make_update(method.loss, tx), donate_argnums=0)
+
+      def update(state, frozen, rollout):
+        on_update(jax.device_get(state.params))
+        return jitted(state, frozen, rollout)
+
       state = init_state(job.params, tx)
       samplers = loop.make_first_samplers(state.params, job.schedule)
       loop.run_training(job, update, state, samplers, key=jax.random.key(0), log=log)
@@ -128,6 +144,27 @@ def test_staleness_is_told_off_the_policy_alone(on, off, staleness):
   want = [min(step, staleness) for step in range(STEPS)]
   assert column(off, "staleness").tolist() == want
   assert "staleness" not in on[0]
+
+
+def test_tokens_are_of_the_policy_so_many_updates_before(tmp_path, staleness):
+  params, tokens, steps = [], [], 6
+  note = lambda step, data, info: tokens.append(np.asarray(info["tokens"])) or {}
+  trained(
+    tmp_path,
+    staleness,
+    steps=steps,
+    on_update=params.append,
+    hooks=Hooks(after_step=note),
+  )
+
+  def sample(step, at):
+    key = jax.random.fold_in(jax.random.key(0), step)
+    rows = generate(None, params[at]["policy"], prompts(step), key, samples=SAMPLES)
+    return np.asarray(rows.batch.tokens)[:, START:]
+
+  for step in range(steps):
+    np.testing.assert_array_equal(tokens[step], sample(step, max(0, step - staleness)))
+  assert any((tokens[step] != sample(step, step)).any() for step in range(1, steps))
 
 
 @pytest.mark.parametrize("held", ["kl_coef", "entropy_coef"])

@@ -37,7 +37,7 @@ def ran(run, stage, folder):
   """What a stage gave to collect and to its first update."""
   seen = {}
 
-  def stop(job, update, state, sampler, **given):
+  def stop(job, update, state, samplers, **given):
     seen.update(state=state, frozen=job.frozen, data=job.data(0))
     raise InterruptedError
 

@@ -99,3 +99,24 @@ def test_a_resumed_run_selects_as_one_left_alone(whole, tmp_path):
   lines = small.metrics(run.workdir / "grpo")
   assert small.metrics(resumed.workdir / "grpo") == lines and len(lines) == 2
   assert samples(resumed, 2) == samples(run, 2)
+
+
+def test_a_resumed_run_samples_ahead_as_one_left_alone(one, tmp_path):
+  run = selecting(one, tmp_path / "whole", steps=4, keep=4, oversample=1)
+  run.config.grpo.rollout.max_staleness = 2
+  run.config.grpo.kl_anchor = "epoch_start"
+  trained = run_stage(run, "grpo")
+  shutil.copytree(run.workdir, tmp_path / "resumed")
+  resumed = run._replace(workdir=tmp_path / "resumed")
+  for step in (3, 4):
+    shutil.rmtree(resumed.workdir / "grpo" / "checkpoints" / str(step))
+    (resumed.workdir / "grpo" / "samples" / f"step_{step}.jsonl").unlink()
+  again = run_stage(resumed, "grpo")
+  jax.tree.map(np.testing.assert_array_equal, again.state.params, trained.state.params)
+  lines = small.metrics(run.workdir / "grpo")
+  assert small.metrics(resumed.workdir / "grpo") == lines
+  assert [line["staleness"] for line in lines] == [
+    step * run.config.grpo.epochs * run.config.grpo.minibatches for step in (0, 1, 2, 2)
+  ]
+  for step in (3, 4):
+    assert samples(resumed, step) == samples(run, step)

@@ -23,6 +23,7 @@ from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS
 from vlmrlaif_jax.stages.training import (
   common,
   oracles,
+  planned_sampler,
   rollout_settings,
   server_sampler,
 )
@@ -106,7 +107,7 @@ def plan_sampling(
     )
     return None, {"sample": passes}
   max_new = sampling.max_new
-  return server_sampler.PlannedSampler(run.policy, config.samples, max_new), {}
+  return planned_sampler.PlannedSampler(run.policy, config.samples, max_new), {}
 
 
 class StepSamples(NamedTuple):

@@ -10,7 +10,6 @@ older adapter, cannot answer for it. The API is that of vLLM.
 import asyncio
 import base64
 import concurrent.futures
-import functools
 import importlib.util
 import io
 import json
@@ -19,11 +18,10 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import openai
 from jaxtyping import Array, Float, Key
@@ -275,40 +273,6 @@ class ServerSampler:
       [choice["token_ids"] for choice in choices],
       [choice["logprobs"]["token_logprobs"] for choice in choices],
     )
-
-
-class PlannedSampler(NamedTuple):
-  """The shapes of a rollout that servers sample, for a plan of the devices.
-
-  No program of the devices computes its arrays, which are zeros.
-  """
-
-  policy: VLM
-  samples: int
-  max_new: int
-
-  def begin(
-    self, key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch
-  ) -> Batch:
-    """Returns the encoded prompts."""
-    variables = merge_params(frozen["policy"], params["policy"])
-    return _fill_zeros(functools.partial(encode_video, self.policy), variables, prompts)
-
-  def finish(self, pending: Batch) -> SampledResponses:
-    """Returns the responses."""
-
-    def join(prompts: Batch) -> SampledResponses:
-      shape = (len(prompts.tokens) * self.samples, self.max_new)
-      tokens, logps = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
-      return join_responses(prompts, tokens, tokens > 0, logps, samples=self.samples)
-
-    return _fill_zeros(join, pending)
-
-
-def _fill_zeros(call: Callable[..., Any], *args: Any) -> Any:
-  """Returns zeros in the shapes of a function's result."""
-  shapes = jax.eval_shape(call, *args)
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _choose_server(servers: Sequence[_Server], turn: int) -> _Server:
