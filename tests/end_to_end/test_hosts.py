@@ -83,7 +83,7 @@ def recipe(tiny_settings, root):
         *(given if processes > 1 else []),
       ]
 
-    logs = root / f"{name}_{processes}"
+    logs = root / "_".join((name, str(processes), *stages))
     devices = len(order) // processes
     return several.start(command, processes, logs, devices=devices), logs
 
