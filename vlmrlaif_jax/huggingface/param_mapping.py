@@ -32,7 +32,7 @@ Shape: TypeAlias = jax.ShapeDtypeStruct
 MAX_NAMES = 5  # Names of tensors in a message.
 _CHUNK_BYTES = 8 << 20  # Bytes of a tensor that a process transfers per step.
 _HOST_PLATFORMS = ("cpu",)  # Platforms whose devices use the memory of the host.
-_READERS = 4  # Threads that read the layers of a parameter; copying needs no GIL.
+_READERS = 4  # Threads that read the layers of a parameter.
 
 
 class TensorParts(NamedTuple):
@@ -221,10 +221,9 @@ def _read_slice(
   own = [range(*i.indices(n)) for i, n in zip(index, shape.shape, strict=True)]
   out = allocate_aligned(tuple(map(len, own)), shape.dtype)
   axes = [slice(i.start, i.stop) for i in own[source.stacked :]]
-  layers = list(out) if source.stacked else [out]
   read = functools.partial(_read_layer, op=source.op, axes=axes)
-  with ThreadPoolExecutor(min(_READERS, len(layers))) as pool:
-    list(pool.map(read, layers, source.parts))  # Raises what a thread has raised.
+  with ThreadPoolExecutor(_READERS) as pool:  # It starts as many as it needs.
+    [*pool.map(read, out if source.stacked else [out], source.parts)]
   return out
 
 
@@ -373,14 +372,8 @@ def _write_rows(
 ) -> Array:
   """Converts rows of every shard of a tensor and writes them into a parameter.
 
-  Args:
-    out: Parameter.
-    chunk: Rows of every shard.
-    layer: Index of the layer; ignored if `out` is not stacked.
-    row: First row, relative to the shard.
-    op: Operation; see NameTable.
-    sharding: Sharding of `out`.
-    layer_sharding: Sharding of a layer of `out`.
+  `row` is the first row, relative to the shard. `layer` is ignored if `out` is not
+  stacked.
   """
   converted = _FROM_HF[op](chunk).astype(out.dtype)
   converted = jax.lax.with_sharding_constraint(converted, layer_sharding)
