@@ -140,8 +140,7 @@ def convert_to_hf(table: NameTable, params: Params) -> Iterator[tuple[str, np.nd
   Raises:
     ValueError: A parameter is not in the table.
   """
-  flat = _flatten(params)
-  _check_known(table, flat)
+  _check_known(table, flat := _flatten(params))
   for path, leaf in flat.items():
     name, op = table[path]
     parts = leaf if "{}" in name else [leaf]
@@ -346,7 +345,7 @@ def _read_shard_rows(part, source: NamedSharding, rows: tuple[slice, ...]) -> Ar
   """Reads these rows of every shard of a tensor."""
   if not rows:
     return jax.make_array_from_callback(part.shape, source, part.__getitem__)
-  (local,), length = rows, source.shard_shape(part.shape)[0]
+  local, length = rows[0], source.shard_shape(part.shape)[0]
   count = local.stop - local.start
 
   def read(index):
