@@ -34,7 +34,7 @@ from vlmrlaif_jax.feedback.terms import scorer
 from vlmrlaif_jax.recipes import validation
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.stages.stage import get_stage, load_stages
-from vlmrlaif_jax.stages.training import oracles
+from vlmrlaif_jax.stages.training import oracles, rollout_settings
 from vlmrlaif_jax.training import alarms, update
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -49,6 +49,7 @@ SHARED: dict[str, Callable[[], ConfigDict]] = {
   "oracle": oracles.default_config,
   "endpoint": endpoint.default_config,
   "alarms": alarms.default_config,
+  "rollout": rollout_settings.default_config,
 }
 IN_SHARED = re.compile(rf"(?:.*\.)?({'|'.join(SHARED)})\.(.+)")
 # Calls of functions that return settings.

@@ -48,6 +48,7 @@ class Server:
       *(str(model), "--served-model-name", "decoder", "--dtype", "float32"),
       *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"),
       *("--enable-lora", "--max-lora-rank", str(max(rank, 8)), "--enforce-eager"),
+      *("--max-loras", "3"),
       *("--enable-prompt-embeds", "--lora-target-modules"),
       *peft_adapters.ADAPTED_MODULES,
     ]

@@ -53,6 +53,7 @@ def test_an_update_that_is_clipped_nearly_everywhere_is_told_of():
 def test_a_gap_between_sampler_and_trainer_is_told_of():
   assert raised(sampler_gap=[1e-6, 0.02]) == []
   assert raised(sampler_gap=[0.5]) == [(1, "gap")]
+  assert raised(sampler_gap=[0.5], staleness=[1.0]) == []
 
 
 @pytest.mark.parametrize("last", [25.0, 4.0])

@@ -14,7 +14,7 @@ def default_config() -> ConfigDict:
   """Returns the settings of a section `rollout`."""
   return ConfigDict(
     dict(
-      # Steps that a rollout is sampled ahead, see job.py; 0 samples before each update.
+      # Steps that a rollout is sampled ahead; 0 samples before each update.
       max_staleness=0,
       # "jax" samples with the devices that train; "vllm" with servers.
       engine="jax",
