@@ -3,10 +3,10 @@
   python perf/rollouts.py DIR URL
 
 DIR is a folder that tests/helpers/real_model.py writes: SmolLM2-135M in float32. It is
-written if it does not exist. URL is that of a server of its decoder, which
-`launch/export.py --kind=decoder` writes; docs/rollouts.md has the command. Both sample
-8 prompts x 5 responses x 64 tokens without an end token, by a policy with LoRA. The
-tokens of a step include the transfer of weights and embeddings to the server.
+written if it does not exist. URL is that of a server of DIR, which is a text model
+already; docs/benchmarks.md has the command. Both sample 8 prompts x 5 responses x 64
+tokens without an end token, by a policy with LoRA. The seconds of a rollout include the
+transfer of weights and embeddings to the server.
 """
 
 import pathlib
@@ -28,7 +28,7 @@ from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import arrays, loading
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.sampling.generate import generate
-from vlmrlaif_jax.stages.training import server_sampler
+from vlmrlaif_jax.stages.training import rollout_settings, server_sampler
 
 RUNS = flags.DEFINE_integer("runs", 5, "Rollouts of each; the median is reported.")
 PROMPTS, SAMPLES, PROMPT, NEW, RANK = 8, 5, 64, 64, 16
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
   )
   sampling = dict(max_new=NEW, temperature=1.0, samples=SAMPLES, stops=(_NEVER,), pad=0)
   ours = jax.jit(lambda v, p, key: generate(model, v, p, key, **sampling))
-  config = server_sampler.default_config()
+  config = rollout_settings.default_config()
   config.update(engine="vllm", urls=(argv[2],))
   settings = server_sampler.ServerSettings(
     **{**sampling, "stops": ()}, top_p=1.0, top_k=0, vocab=model.llm.vocab
