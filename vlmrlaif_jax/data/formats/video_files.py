@@ -36,7 +36,8 @@ def find_video(folder: str | os.PathLike, *names: str) -> str:
     for name in names
   )
   for name in names:
-    if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts:
+    path = pathlib.Path(os.path.abspath(root / name))
+    if not path.is_relative_to(os.path.abspath(root)):
       raise ValueError(f"video {name!r} must be the name of a file in {root}")
   for name in names:
     if (root / name).exists():
