@@ -160,14 +160,16 @@ def open_policies():
 
 def print_answers(chat, limits, question) -> None:
   """Prints each policy's answer, and the sampled answers with their scores."""
+  from vlmrlaif_jax.core.errors import make_printable
   from vlmrlaif_jax.serving import chat_clip, chat_stream
 
+  show = make_printable if sys.stdout.isatty() else str
   clip = chat_clip.read_clips(chat, VIDEO.value, limits)
   *_, last = chat_stream.stream_side_by_side(chat, clip, {}, question)
   for name, answers in last.items():
-    print(f"{name}: {answers.texts[answers.best]}")
+    print(f"{name}: {show(answers.texts[answers.best])}")
     for _, score, text in answers.rank():
-      print(f"  {score:7.3f}  {text}")
+      print(f"  {score:7.3f}  {show(text)}")
 
 
 def serve(chat, limits, question) -> None:

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.errors import UserError, make_printable
 
 # Error messages that collectives and checkpoint barriers produce when a peer process
 # dies. The type of the error varies.
@@ -132,7 +132,7 @@ def is_multiprocess() -> bool:
 def print_once(line: str) -> None:
   """Prints a line in process 0 only."""
   if is_process_zero():
-    print(line, flush=True)
+    print(make_printable(line), flush=True)
 
 
 def fetch_arrays(tree: PyTree) -> PyTree:

@@ -77,6 +77,8 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     return f"invalid JSON at column {error.colno}: {error.msg}"
   except UnicodeDecodeError as error:
     return f"invalid UTF-8 at byte {error.start + 1}"
+  except (ValueError, RecursionError) as error:  # Long numbers, and deep nesting.
+    return f"invalid JSON: {error}"
   if not isinstance(row, dict):
     return f"a record must be a JSON object, not {json.dumps(row)[:40]}"
   return row
