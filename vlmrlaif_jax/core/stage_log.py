@@ -228,6 +228,8 @@ def truncate_log(folder: Path, last: int) -> None:
   path = folder / "metrics.jsonl"
   if path.exists():
     write_records(path, [row for row in read_jsonl(path) if row["step"] <= last])
-  for path in (folder / "samples").glob("step_*.jsonl"):
+  samples = folder / "samples"
+  # A workdir of others may have a link to a folder of the user here.
+  for path in () if samples.is_symlink() else samples.glob("step_*.jsonl"):
     if int(path.stem.removeprefix("step_")) > last:
       path.unlink()
