@@ -160,25 +160,33 @@ def open_policies():
 
 def print_answers(chat, limits, question) -> None:
   """Prints each policy's answer, and the sampled answers with their scores."""
+  from vlmrlaif_jax.core.errors import make_printable
   from vlmrlaif_jax.serving import chat_clip, chat_stream
 
+  show = make_printable if sys.stdout.isatty() else str
   clip = chat_clip.read_clips(chat, VIDEO.value, limits)
   *_, last = chat_stream.stream_side_by_side(chat, clip, {}, question)
   for name, answers in last.items():
-    print(f"{name}: {answers.texts[answers.best]}")
+    print(f"{name}: {show(answers.texts[answers.best])}")
     for _, score, text in answers.rank():
-      print(f"  {score:7.3f}  {text}")
+      print(f"  {score:7.3f}  {show(text)}")
 
 
 def serve(chat, limits, question) -> None:
   """Serves the page until the program is stopped."""
   try:
-    from vlmrlaif_jax.serving import chat_page
+    from vlmrlaif_jax.serving import chat_guard, chat_page
   except ImportError as error:
     exit_with_error(f'{error}: the page needs gradio; pip install -e ".[chat]"')
   page = chat_page.make_chat_page(
     chat, limits, title=WORKDIR.value or MODEL.value, defaults=question
   )
+  if not chat_guard.is_loopback(HOST.value):
+    print(
+      f"--host={HOST.value}: everyone who reaches this address can use the model and "
+      "upload clips, because the page has no accounts",
+      file=sys.stderr,
+    )
   chat_page.launch_page(page, host=HOST.value, port=PORT.value, max_mb=limits.max_mb)
 
 

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)  # Libraries log too many details.
   from vlmrlaif_jax.core import interrupts
-  from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, UserError
+  from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, UserError, make_printable
   from vlmrlaif_jax.training import alarms
 
   stop = interrupts.StopSignal(agreed=lambda flag: distributed.any_process(flag))
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
   except Exception as error:
     is_user_error = isinstance(error, UserError)
     if is_user_error:
-      print(f"error: {error}", file=sys.stderr)
+      print(make_printable(f"error: {error}"), file=sys.stderr)
     elif several:
       traceback.print_exc()
     if several:

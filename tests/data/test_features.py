@@ -244,11 +244,12 @@ def test_damaged_features_are_reported_and_encoded_again(clips, tmp_path, damage
 def test_leftovers_of_killed_writers_go_and_files_being_written_stay(clips, tmp_path):
   folder = tmp_path / "features"
   folder.mkdir()
-  for name in ("old.tmp", "new.tmp"):
-    (folder / name).touch()
-  age(folder / "old.tmp", 2 * features.STALE_S)
+  old, new = (folder / f"{c * 32}.npy.{c * 32}.tmp" for c in "ab")
+  old.touch()
+  new.touch()
+  age(old, 2 * features.STALE_S)
   build(clips[:1], tmp_path)
-  assert not (folder / "old.tmp").exists() and (folder / "new.tmp").exists()
+  assert not old.exists() and new.exists()
 
 
 # Memory and time.

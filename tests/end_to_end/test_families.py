@@ -87,6 +87,7 @@ def trained(request, tiny_world, tmp_path_factory):
     files = root
   given = settings(root / "model", files) | case.settings
   given["data.videos"] = str(tiny_world / "videos")
+  given["data.allow_outside"] = case.several  # Its images are in another folder.
   config = small.config(given, case.stages)
   with contextlib.redirect_stdout(io.StringIO()) as printed:
     if "label" in case.stages:  # Recipes with given preferences skip it.

@@ -55,7 +55,7 @@ def test_videos_of_which_none_can_be_read_are_refused(refused, rows, tmp_path):
   video = tmp_path / "text.mp4"
   video.write_text("This is no video.")
   path = write(tmp_path / "a.json", [{**row, "video": str(video)} for row in rows])
-  said = refused(data__records=path)
+  said = refused(data__records=path, data__allow_outside=True)
   assert f"no video of the {len(rows)} records of the split 'sft' can be read" in said
   assert "for example of" in said and "data.videos" in said
 
@@ -121,7 +121,7 @@ def test_an_unreadable_benchmark_is_refused_only_if_it_is_measured(
   video.write_text("This is no video.")
   rows = jsonl.read_jsonl(tiny_world / "benchmark.jsonl")
   path = write(tmp_path / "a.json", [{**row, "video": str(video)} for row in rows])
-  settings = {**tiny_settings, "data.benchmark": str(path)}
+  settings = {**tiny_settings, "data.benchmark": str(path), "data.allow_outside": True}
   create = lambda *stages: loading.create_run(
     small.config(settings, stages), tmp_path / "run", note=lambda text: None
   )

@@ -16,6 +16,7 @@ in a single process. A collective call inside it raises, even in a run of one pr
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.errors import UserError, make_printable
 
 # Error messages that collectives and checkpoint barriers produce when a peer process
 # dies. The type of the error varies.
@@ -75,6 +76,7 @@ def connect_processes(
   try:
     jax.distributed.initialize(
       *place,
+      coordinator_bind_address=find_bind_address(coordinator),
       # Slurm's detection would give each process one device of its host only.
       cluster_detection_method=None if None in place else "deactivate",
       initialization_timeout=start_s,
@@ -86,6 +88,30 @@ def connect_processes(
       f"the processes cannot connect: {error}\nStart each process with the same "
       "--processes, its own --process, and --coordinator=HOST:PORT of process 0"
     ) from error
+
+
+def find_bind_address(coordinator: str | None) -> str | None:
+  """Returns the one address at which process 0 listens, or None for all of its host.
+
+  A peer needs no password, so the port should be open in the given network only. The
+  address is None if it is not an address of this host, or if the host's name leads to
+  its loopback address, as on Debian, where peers could not reach it.
+
+  >>> find_bind_address("localhost:1234")
+  '127.0.0.1:1234'
+
+  Args:
+    coordinator: HOST:PORT at which process 0 listens; None is detected by JAX.
+  """
+  host, _, port = (coordinator or "").rpartition(":")
+  try:
+    address = socket.gethostbyname(host)
+    with socket.socket() as probe:
+      probe.bind((address, 0))
+  except OSError:
+    return None
+  is_hidden = address.startswith("127.") and host not in (address, "localhost")
+  return None if is_hidden or not host else f"{address}:{port}"
 
 
 def is_process_zero() -> bool:
@@ -106,7 +132,7 @@ def is_multiprocess() -> bool:
 def print_once(line: str) -> None:
   """Prints a line in process 0 only."""
   if is_process_zero():
-    print(line, flush=True)
+    print(make_printable(line), flush=True)
 
 
 def fetch_arrays(tree: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """Errors that a user can correct, and checks of settings that raise them."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -8,6 +9,8 @@ from ml_collections import ConfigDict
 
 Settings: TypeAlias = ConfigDict | Mapping[str, Any]
 
+# Control characters other than tab and newline, and halves of surrogate pairs.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 EXIT_USER_ERROR = 2  # Exit code of a program after a UserError.
 
 
@@ -17,6 +20,17 @@ class UserError(Exception):
   The message names the setting or file, its value and the remedy. Programs print the
   message without a traceback and exit with EXIT_USER_ERROR.
   """
+
+
+def make_printable(text: str) -> str:
+  r"""Returns a text whose control characters and lone surrogates are escaped.
+
+  Texts of data files, servers and models could control a terminal, or fail to print.
+
+  >>> print(make_printable("id \x1b[2J"))
+  id \x1b[2J
+  """
+  return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def check_choices(config: Settings, choices: Mapping[str, Collection[Any]]) -> None:

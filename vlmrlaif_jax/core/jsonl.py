@@ -21,11 +21,19 @@ def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) ->
     os.fsync(file.fileno())
 
 
-def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Appends JSON lines, after removing an incomplete last line of a killed writer."""
+def append_jsonl(
+  path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], mode: int = 0o666
+) -> None:
+  """Appends JSON lines, after removing an incomplete last line of a killed writer.
+
+  Args:
+    path: The file, which may be missing.
+    rows: Records to append.
+    mode: Permissions of a new file, as `os.open` takes them.
+  """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("ab+") as file:
+  with open(path, "ab+", opener=lambda name, flags: os.open(name, flags, mode)) as file:
     rest = _read_unended(file)
     if isinstance(_parse(rest), dict):
       file.write(b"\n")  # The record is complete; only its newline is missing.
@@ -69,6 +77,8 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     return f"invalid JSON at column {error.colno}: {error.msg}"
   except UnicodeDecodeError as error:
     return f"invalid UTF-8 at byte {error.start + 1}"
+  except (ValueError, RecursionError) as error:  # Long numbers, and deep nesting.
+    return f"invalid JSON: {error}"
   if not isinstance(row, dict):
     return f"a record must be a JSON object, not {json.dumps(row)[:40]}"
   return row

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from tensorboardX import SummaryWriter
 
+from vlmrlaif_jax.core.errors import make_printable
 from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 
 MAX_PROGRESS_METRICS = 5  # Metrics on a progress line; more exceed 100 columns.
@@ -151,7 +152,8 @@ class StageLog:
 
   def print_note(self, text: str) -> None:
     """Prints a line; in a terminal it appears above the bar."""
-    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    plain = make_printable(text)
+    self._console.print(plain, markup=False, highlight=False, soft_wrap=True)
 
   def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes samples/step_N.jsonl atomically."""
@@ -170,7 +172,7 @@ class StageLog:
       cells = [
         format_number(x) if isinstance(x, float) else str(x) for x in row.values()
       ]
-      table.add_row(*cells)
+      table.add_row(*map(make_printable, cells))
     self._console.print(table, markup=False, highlight=False)
 
 
@@ -226,6 +228,8 @@ def truncate_log(folder: Path, last: int) -> None:
   path = folder / "metrics.jsonl"
   if path.exists():
     write_records(path, [row for row in read_jsonl(path) if row["step"] <= last])
-  for path in (folder / "samples").glob("step_*.jsonl"):
+  samples = folder / "samples"
+  # A workdir of others may have a link to a folder of the user here.
+  for path in () if samples.is_symlink() else samples.glob("step_*.jsonl"):
     if int(path.stem.removeprefix("step_")) > last:
       path.unlink()

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +57,8 @@ Share = Callable[[Callable[[], Any]], list[Any]]
 EncodedVideos = dict[str, tuple[Float16[np.ndarray, "..."], Visual] | str]
 GB = 1e9  # Bytes.
 WHOLE = (0.0, math.inf)  # Start and end of a video that is not a part of another.
+# Files of `open_replacing`, by names of `_name_files`.
+UNFINISHED = re.compile(r"[0-9a-f]{32}\.(npy|json)\.[0-9a-f]{32}\.tmp")
 STALE_S = 24 * 3600  # Seconds after which an unfinished file is removed.
 PROGRESS_EVERY = 512  # Videos between two lines of progress.
 
@@ -325,9 +328,12 @@ def _process(
 
 
 def _remove_stale(folder: pathlib.Path) -> None:
-  """Creates the folder and removes unfinished files of killed processes."""
+  """Creates the folder and removes unfinished files of killed processes.
+
+  The user may have other files in it.
+  """
   folder.mkdir(parents=True, exist_ok=True)
-  for file in folder.glob("*.tmp"):
+  for file in filter(lambda file: UNFINISHED.fullmatch(file.name), folder.iterdir()):
     with contextlib.suppress(FileNotFoundError):  # Another run may remove it first.
       if time.time() - file.stat().st_mtime > STALE_S:
         file.unlink()

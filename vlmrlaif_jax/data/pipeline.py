@@ -40,6 +40,7 @@ def default_config() -> ConfigDict:
     dict(
       records="",  # File of docs/data_formats.md; "" uses the embedded world.
       videos="",  # Folder of the videos that the records name.
+      allow_outside=False,  # Whether trusted records may name files outside of it.
       prompts="",  # Records with prompts for RL; "" uses the questions of `records`.
       benchmark="",  # Records for evaluation; "" holds out a share of `records`.
       holdout=0.1,  # Share of `records` that is held out.
@@ -92,7 +93,12 @@ def load_splits(
   """
   if not config.records:
     return _load_world(config, folder, seed)
-  read = functools.partial(_read, videos=config.videos, written=written)
+  read = functools.partial(
+    _read,
+    videos=config.videos or None,
+    written=written,
+    allow_outside=config.allow_outside,
+  )
   sft, problems = read(config.records, need_answer=True)
   if config.benchmark:
     benchmark, more = _select_measurable(*read(config.benchmark, need_answer=False))
@@ -157,10 +163,8 @@ def _load_world(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
   return Splits(**splits), problems
 
 
-def _read(path, *, videos, written, need_answer):
-  examples, problems = records.read_records(
-    path, videos=videos or None, need_answer=need_answer, written=written
-  )
+def _read(path, **settings):
+  examples, problems = records.read_records(path, **settings)
   if not examples:
     reasons = records.format_skipped_records(problems, total=len(problems))
     raise ValueError(

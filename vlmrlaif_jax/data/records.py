@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from vlmrlaif_jax.data.formats import conversations, fields, media, preferences, turns
 from vlmrlaif_jax.data.formats.row_files import read_file_rows
+from vlmrlaif_jax.data.formats.video_files import is_inside
 from vlmrlaif_jax.data.video import MediaList
 
 MAX_REPORTED_PROBLEMS = 20  # Largest number of reasons, and of ids of a reason.
@@ -90,6 +91,7 @@ def read_records(
   videos: str | os.PathLike | None = None,
   need_answer: bool = True,
   written: str | os.PathLike | None = None,
+  allow_outside: bool = False,
 ) -> tuple[list[Example], list[SkippedRecord]]:
   """Returns the examples of a file, and the skipped records.
 
@@ -104,13 +106,14 @@ def read_records(
     need_answer: True to skip records without an answer.
     written: Folder to which images in the file are written; None for one next to the
       file.
+    allow_outside: Whether records may name files outside of both folders.
 
   Raises:
     FileNotFoundError: The file or the folder of videos is missing.
     ValueError: The file cannot be read.
   """
   make = functools.partial(_make_example, need_answer=need_answer)
-  return _read(path, videos, written, make)
+  return _read(path, videos, written, allow_outside, make)
 
 
 def read_preferences(
@@ -118,6 +121,7 @@ def read_preferences(
   *,
   videos: str | os.PathLike | None = None,
   written: str | os.PathLike | None = None,
+  allow_outside: bool = False,
 ) -> tuple[list[PreferenceExample], list[SkippedRecord]]:
   """Returns the preferences of a file, and the skipped records.
 
@@ -125,13 +129,14 @@ def read_preferences(
     path: A file or folder; see read_records.
     videos: Folder of the videos that the records name; None for the file's folder.
     written: Folder to which images in the file are written; see read_records.
+    allow_outside: Whether records may name files outside of both folders.
 
   Raises:
     FileNotFoundError: The file or the folder of videos is missing.
     ValueError: The file cannot be read.
   """
   valid: list[PreferenceExample]
-  valid, problems = _read(path, videos, written, _make_preference)
+  valid, problems = _read(path, videos, written, allow_outside, _make_preference)
   has_zero = any(problem.reason == preferences.ZERO for problem in problems)
   if has_zero and all(each["preference"] == 1 for each in valid):
     reason = (
@@ -181,6 +186,7 @@ def _read(
   path: str | os.PathLike,
   videos: str | os.PathLike | None,
   written: str | os.PathLike | None,
+  allow_outside: bool,
   make: Callable[[dict[str, Any], media.MediaFolders], dict[str, Any]],
 ) -> tuple[list[Record], list[SkippedRecord]]:
   """Returns the results of `make` by row, and the rows that raise a ValueError."""
@@ -188,10 +194,13 @@ def _read(
   folder = path.parent if videos is None else Path(videos)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: there is no such folder of videos; {LAYOUT}")
+  written = path.parent / f"{path.name}_media" if written is None else Path(written)
+  is_allowed = lambda name: allow_outside or is_inside(name, (folder, written))
   folders = media.MediaFolders(
     videos=folder,
-    written=path.parent / f"{path.name}_media" if written is None else Path(written),
+    written=written,
     exists=functools.cache(os.path.exists),  # Many records share a video.
+    is_allowed=functools.cache(is_allowed),
   )
   valid: dict[str, Any] = {}
   counts: collections.Counter[str] = collections.Counter()

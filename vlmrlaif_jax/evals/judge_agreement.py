@@ -185,7 +185,8 @@ def load_groups(
       human = float(text)
     except ValueError:
       raise ValueError(f"{HUMAN_SCORE_KEYS} must have a number, got {text!r}") from None
-    return f"{row['id']}:{row['image_path']}", {**row, "human": human}
+    video = find_video(videos, str(row["image_path"]))
+    return f"{row['id']}:{row['image_path']}", {**row, "human": human, "video": video}
 
   rows_by_id: dict[str, list[dict[str, Any]]] = {}
   keys = ("image_path", "instruction", "id", "answer")
@@ -194,7 +195,7 @@ def load_groups(
   return [
     AnswerGroup(
       id,
-      find_video(videos, str(rows[0]["image_path"])),
+      rows[0]["video"],
       str(rows[0]["instruction"]),
       tuple(str(row["answer"]) for row in rows),
       tuple(row["human"] for row in rows),

@@ -5,12 +5,12 @@ without a usable row is an error.
 """
 
 import csv
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.data.formats import row_files
 from vlmrlaif_jax.data.records import SkippedRecord, format_skipped_records
 from vlmrlaif_jax.evals.benchmarks.protocol import Source, find_answers_file
@@ -125,7 +125,7 @@ def _read_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
   if suffix in (".jsonl", ".parquet"):
     yield from row_files.read_file_rows(path)
   elif suffix == ".json":
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    content = read_json(path)
     for number, row in enumerate(_list_rows(content), 1):
       # A JSON text in place of a record is no reason.
       yield f"record {number}", [row] if isinstance(row, str) else row
@@ -219,7 +219,7 @@ def read_answers(questions: pathlib.Path) -> dict[str, Any]:
   if path is None:
     return {}
   try:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    content = read_json(path)
     if isinstance(content, dict):
       return content
     return {get_text(row, QUESTION_ID_KEYS): row["answer"] for row in content}

@@ -36,11 +36,12 @@ from vlmrlaif_jax.data.video import (
   list_media,
   read_video,
 )
-from vlmrlaif_jax.feedback import server_failures
+from vlmrlaif_jax.feedback import http_client, server_failures
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery, ask_unique, make_query_key
 from vlmrlaif_jax.feedback.server_failures import FATAL_STATUSES, QueryOutcome
 
 NO_KEY = {"Authorization": openai.Omit()}
+PRIVATE = 0o600  # Mode of files that only their user may read.
 MAX_WAIT_S = 8.0  # Longest wait of the client before a retry without Retry-After.
 
 
@@ -87,6 +88,11 @@ class Endpoint:
 
   def __init__(self, config: ConfigDict, cache: str | os.PathLike | None):
     check(config)
+    if config.key_env and http_client.is_plain_remote(config.url):
+      distributed.print_once(
+        f"judge: the key in key_env={config.key_env!r} is sent without encryption to "
+        f"{config.url}. Set url to an https address"
+      )
     self.counts: collections.Counter[str] = collections.Counter()
     self.failed_share = 0.0
     self._config = config
@@ -150,9 +156,7 @@ class Endpoint:
       # A server may close a reused connection while the next request is sent, which
       # would waste a retry. Uvicorn closes it after a 500.
       default_headers={"Connection": "close"},
-      http_client=openai.DefaultAsyncHttpxClient(
-        follow_redirects=False, event_hooks={"response": [self._note_response]}
-      ),
+      http_client=http_client.make_http_client(self._note_response),
     ) as client:
 
       async def answer(query: JudgeQuery) -> QueryOutcome:
@@ -181,6 +185,8 @@ class Endpoint:
       self._note_first_failure(f"video: {error}")
     except (openai.APITimeoutError, TimeoutError):
       reply, failure = None, "timeout"
+    except http_client.ReplyError as error:
+      reply, failure = None, f"malformed reply: {error}"
     except openai.APIConnectionError:
       reply, failure = None, "no connection"
     except openai.APIStatusError as error:
@@ -195,7 +201,8 @@ class Endpoint:
     self._replies[key] = reply
     try:
       if self._path:
-        jsonl.append_jsonl(self._path, [{"key": key, "reply": reply}])
+        row = {"key": key, "reply": reply}
+        jsonl.append_jsonl(self._path, [row], mode=PRIVATE)
     except OSError:  # For example, a full disk. The next run sends the query again.
       sent += ("not saved",)
     return QueryOutcome(reply, "", sent)
@@ -206,7 +213,6 @@ class Endpoint:
     The class of the response is that of the HTTP library that openai uses.
     """
     if not response.is_success and not self._has_failed:
-      await response.aread()
       failure = self._describe_status(response.status_code, response.text)
       self._note_first_failure(failure)
 
@@ -242,10 +248,11 @@ class Endpoint:
         response = await create(**request, extra_headers=headers)
         try:
           text = json.loads(response.content)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
           continue
         if isinstance(text, str):
-          return text
+          key = self._get_key()  # A server may reply with it.
+          return text.replace(key, "***") if key else text
     return None
 
   def _make_request(self, query: JudgeQuery) -> tuple[dict[str, Any], str]:
@@ -334,11 +341,7 @@ def check(config: ConfigDict) -> None:
   if not config.model:
     raise ValueError("model must be the name of a model of the server, got ''")
   check_at_least(config, {"concurrency": 1, "frames": 1, "retries": 0, "max_failed": 0})
-  if config.key_env and not os.environ.get(config.key_env):
-    raise ValueError(
-      f"the environment variable {config.key_env} is not set. Export the key of the "
-      'server in it, or set key_env to "" if the server requires no key.'
-    )
+  http_client.check_key(config.key_env)
 
 
 def get_reply_path(path: pathlib.Path, process: int) -> pathlib.Path:

@@ -61,7 +61,7 @@ def describe_error(content: str, key: str) -> str:
     text = json.loads(content)
     text = text.get("error", text.get("detail", text.get("message", "")))
     text = text.get("message", "") if isinstance(text, dict) else text
-  except (ValueError, AttributeError):
+  except (ValueError, AttributeError, RecursionError):
     text = content
   line = " ".join(str(text).split())
   return (line.replace(key, "***") if key else line)[:_MAX_CHARS]

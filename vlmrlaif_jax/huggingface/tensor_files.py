@@ -28,6 +28,7 @@ from vlmrlaif_jax.huggingface.config_keys import read_json_object
 
 Index: TypeAlias = tuple[slice, ...]  # One slice per axis.
 
+SAFE_TORCH = (2, 6)  # First version of PyTorch whose `weights_only` is safe.
 _COUNT_DIGITS = 4  # Digits of the largest number of files of a checkpoint.
 _DTYPES = {
   "F64": "float64",
@@ -205,6 +206,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
       f"{path} requires PyTorch, which is not installed. Run `pip install torch`, or "
       "convert the checkpoint to safetensors."
     ) from error
+  check_torch(torch.__version__)
   try:
     # Old versions of torch write no zip archives, and only archives can be mapped.
     loaded = torch.load(
@@ -232,6 +234,19 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
     return Tensor(tuple(x.shape), dtype, read)
 
   return {name: make_tensor(x) for name, x in loaded.items()}
+
+
+def check_torch(version: str) -> None:
+  """Checks that a version of PyTorch reads pickles of others without running code.
+
+  Raises:
+    ImportError: `weights_only` of the version runs code (CVE-2025-32434).
+  """
+  if tuple(map(int, version.split(".")[:2])) < SAFE_TORCH:
+    raise ImportError(
+      f"torch {version} may run code of a .bin file. Run `pip install -U torch` to "
+      "install 2.6 or later, or convert the checkpoint to safetensors."
+    )
 
 
 def allocate_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -20,7 +20,7 @@ from vlmrlaif_jax.core.interrupts import StageMonitor
 from vlmrlaif_jax.core.profiling import ProfilerTrace
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.planner import memory
-from vlmrlaif_jax.recipes import data_files, validation
+from vlmrlaif_jax.recipes import compilation_cache, data_files, validation
 from vlmrlaif_jax.recipes.validation import ROUND_STAGE, list_stages
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.runtime import loading, resume_policy
@@ -64,10 +64,7 @@ def run_recipe(
   stages = list_stages(config)
   validation.check_recipe(config)
   is_begun = distributed.on_process_zero(lambda: check_workdir(config, root))
-  # Runs in the same parent folder share compiled programs, unless the user sets
-  # JAX_COMPILATION_CACHE_DIR.
-  if jax.config.values["jax_compilation_cache_dir"] is None:
-    jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
+  compilation_cache.use_private_cache()
   todo = [s for s in stages if not is_done(config, root, s)]
   for stage in stages:
     if stage not in todo:

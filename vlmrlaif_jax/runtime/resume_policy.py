@@ -25,6 +25,7 @@ FREE_SETTINGS = (  # Patterns of fnmatch, whose * also matches dots.
   *("model.size", "model.reward_model_size"),
   *("*.microbatches", "*.chunk", "*.slots", "*.shared_prefix", "*.pack_len"),
   *("data.workers", "data.timeout_s"),
+  "data.allow_outside",  # The content of all videos is compared.
   *("data.features", "data.features_memory_gb"),
   # Batch sizes: the random key of a row follows from its id. label.block is fixed,
   # because it numbers files.

@@ -260,7 +260,10 @@ def read_run_preferences(
 ) -> tuple[list[PreferenceExample], list[SkippedRecord]]:
   """Reads a file of preferences about videos of the run; see records."""
   return records.read_preferences(
-    path, videos=get_videos_folder(run), written=get_media_folder(run)
+    path,
+    videos=get_videos_folder(run),
+    written=get_media_folder(run),
+    allow_outside=run.config.data.allow_outside,
   )
 
 

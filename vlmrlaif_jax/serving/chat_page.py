@@ -3,9 +3,13 @@
 `make_chat_page` and `launch_page` are the main functions.
 """
 
+import atexit
+import functools
 import html
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any, no_type_check
 
@@ -13,9 +17,11 @@ from typing import Any, no_type_check
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
 
 import gradio as gr  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 
 from vlmrlaif_jax.core.errors import UserError  # noqa: E402
 from vlmrlaif_jax.serving.chat_clip import ClipLimits, read_clips  # noqa: E402
+from vlmrlaif_jax.serving.chat_guard import ChatGuard  # noqa: E402
 from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession  # noqa: E402
 from vlmrlaif_jax.serving.chat_stream import (  # noqa: E402
   MAX_CHAT_TOKENS,
@@ -26,6 +32,9 @@ from vlmrlaif_jax.serving.chat_stream import (  # noqa: E402
 
 SAMPLE_COUNTS = (1, 2, 4, 8, 16)  # Choices of the number of samples.
 HOUR_S = 3600  # Seconds. Uploads older than a day are removed every hour.
+MAX_QUESTION = 20_000  # Characters.
+MAX_WAITING = 32  # Questions that wait for the device.
+MAX_UPLOADS = 20  # Clips of the largest size that are stored together.
 WELCOME = "Upload a clip to begin."
 CSS = pathlib.Path(__file__).parents[1] / "assets" / "chat.css"
 # System fonts need no download.
@@ -54,7 +63,7 @@ class ChatEvents:
     try:
       clip = read_clips(self.chat, [path], self.limits)
     except UserError as error:
-      return [None, f"⚠️ {error}", *self.clear()]
+      return [None, format_problem(error), *self.clear()]
     (layout,) = clip.layouts
     status = f"{layout.grid.time} frames of the clip are loaded. Ask a question."
     return [clip, status, *self.clear()]
@@ -71,9 +80,15 @@ class ChatEvents:
   ) -> Iterator[list[Any]]:
     """Yields the question box, the status, and the growing conversation."""
     unchanged = [histories, *make_windows(histories), ""]
-    if clip is None or not question.strip():
-      reason = "Upload a clip first." if clip is None else "Type a question."
-      yield [question, f"⚠️ {reason}", *unchanged]
+    reason = ""
+    if clip is None:
+      reason = "Upload a clip first."
+    elif not question.strip():
+      reason = "Type a question."
+    elif len(question) > MAX_QUESTION:
+      reason = f"A question has at most {MAX_QUESTION} characters. Shorten it."
+    if clip is None or reason:
+      yield [question[:MAX_QUESTION], format_problem(reason), *unchanged]
       return
     # A question in the same turn has the same seed, and so the same answer.
     seed = len(next(iter(histories.values())))
@@ -86,7 +101,7 @@ class ChatEvents:
         windows = make_windows(extend_histories(histories, request, answers))
         yield ["", format_progress(request, answers), histories, *windows, ""]
     except UserError as error:
-      yield [question, f"⚠️ {error}", *unchanged]
+      yield [question, format_problem(error), *unchanged]
       return
     extended = extend_histories(histories, request, answers)
     yield [
@@ -96,6 +111,11 @@ class ChatEvents:
       *make_windows(extended),
       format_scores(self.chat, answers),
     ]
+
+
+def format_problem(reason: object) -> str:
+  """Formats an error for the status, which is HTML."""
+  return f"⚠️ {html.escape(str(reason), quote=False)}"
 
 
 def extend_histories(
@@ -120,10 +140,10 @@ def format_progress(request: ChatQuestion, answers: dict[str, ChatAnswers]) -> s
 
 
 def make_windows(histories: ChatHistories) -> list[list[dict[str, str]]]:
-  """Converts each conversation to the messages of gr.Chatbot."""
+  """Converts each conversation to the messages of gr.Chatbot, which are HTML."""
   return [
     [
-      {"role": role, "content": text}
+      {"role": role, "content": html.escape(text, quote=False)}
       for turn in turns
       for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
@@ -158,21 +178,23 @@ def make_chat_page(
     defaults: Initial values of the sampling settings.
   """
   events = ChatEvents(chat, limits)
+  os.environ["GRADIO_TEMP_DIR"] = make_upload_folder()  # Read for each component.
   with gr.Blocks(
     title="vlmrlaif_jax", analytics_enabled=False, delete_cache=(HOUR_S, 24 * HOUR_S)
   ) as page:
     clip, histories = gr.State(), gr.State(events.clear()[0])
-    gr.Markdown(f"## Chat about a clip\n{html.escape(title)}")
+    gr.HTML(f"<h2>Chat about a clip</h2><p>{html.escape(title)}</p>")
     with gr.Row():
       with gr.Column(scale=1, min_width=280):
         video = gr.Video(
           label="Clip", sources=["upload"], height=260, buttons=[], elem_id="clip"
         )
-        status = gr.Markdown(WELCOME, elem_id="state")
+        status = gr.HTML(WELCOME, elem_id="state")
         question = gr.Textbox(
           label="Question",
           placeholder="What happens in the clip?",
           submit_btn="Ask",
+          max_length=MAX_QUESTION,
           elem_id="question",
         )
         settings = make_settings(chat, defaults)
@@ -203,7 +225,10 @@ def launch_page(
     max_mb: Largest size of an upload.
     wait: Whether to block until the server stops.
   """
-  page.queue(default_concurrency_limit=1)  # One request uses the device at a time.
+  # One request uses the device at a time.
+  page.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
+  folder, max_bytes = make_upload_folder(), MAX_UPLOADS * max_mb * 1e6
+  guard = Middleware(ChatGuard, host=host, folder=folder, max_bytes=max_bytes)
   page.launch(
     server_name=host,
     server_port=port or None,
@@ -213,7 +238,19 @@ def launch_page(
     theme=THEME,
     css_paths=CSS,
     prevent_thread_lock=not wait,
+    app_kwargs={"middleware": [guard], "openapi_url": None},
   )
+
+
+@functools.cache
+def make_upload_folder() -> str:
+  """Creates the folder of this process's uploads, which is removed at its end.
+
+  Gradio's own folder is shared by all users of a machine.
+  """
+  folder = tempfile.mkdtemp(prefix="vlmrlaif_chat_")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder
 
 
 def make_settings(

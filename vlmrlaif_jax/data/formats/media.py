@@ -49,6 +49,7 @@ class MediaFolders(NamedTuple):
   videos: Path  # Names of videos are relative to it.
   written: Path  # Bytes are written here.
   exists: Callable[[str], bool]  # Whether a path exists.
+  is_allowed: Callable[[str], bool]  # Whether an existing path may be read.
 
 
 class Medium(NamedTuple):
@@ -171,9 +172,14 @@ def _find_path(item: Any, folders: MediaFolders) -> str:
     # Published records may name features (.pkl), or videos without a suffix.
     parent, last = os.path.split(whole)
     whole = find_video(parent, last, last.removesuffix(".pkl"))
-  if folders.exists(whole):
-    return whole + fragment
-  raise ValueError(f"video not found: {path}")
+  if not folders.exists(whole):
+    raise ValueError(f"video not found: {path}")
+  if not folders.is_allowed(whole):
+    raise ValueError(
+      f"video {name!r} is, or has links to, a file outside of {folders.videos}: move "
+      "it there, or set --config.data.allow_outside=True if you trust the records"
+    )
+  return whole + fragment
 
 
 def _decode_base64(address: str) -> bytes:

@@ -26,12 +26,19 @@ def find_video(folder: str | os.PathLike, *names: str) -> str:
 
   Returns:
     The existing path, or the folder and the first name if none exists.
+
+  Raises:
+    ValueError: A name leads out of the folder.
   """
   root = pathlib.Path(folder)
   names = tuple(
     name.rpartition("/")[2].partition("?")[0] if "://" in name else name
     for name in names
   )
+  for name in names:
+    path = pathlib.Path(os.path.abspath(root / name))
+    if not path.is_relative_to(os.path.abspath(root)):
+      raise ValueError(f"video {name!r} must be the name of a file in {root}")
   for name in names:
     if (root / name).exists():
       return str(root / name)
@@ -44,6 +51,20 @@ def find_video(folder: str | os.PathLike, *names: str) -> str:
         if file:
           return str(parent / file)
   return str(root / names[0])
+
+
+def is_inside(path: str, folders: Sequence[str | os.PathLike]) -> bool:
+  """Returns whether a file, or a folder with all links in it, is in one of folders.
+
+  Links are followed on both sides.
+  """
+  entries = os.scandir(path) if os.path.isdir(path) else ()
+  links = [entry.path for entry in entries if entry.is_symlink()]
+  roots = [pathlib.Path(folder).resolve() for folder in folders]
+  return all(
+    any(pathlib.Path(each).resolve().is_relative_to(root) for root in roots)
+    for each in (path, *links)
+  )
 
 
 @functools.lru_cache(maxsize=64)

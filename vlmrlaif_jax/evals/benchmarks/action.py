@@ -110,7 +110,7 @@ def _read_hmdb51(
 
 
 def _find_video(folder: str, action: str, name: str) -> str:
-  path = find_video(pathlib.Path(folder) / action, name)
+  path = find_video(folder, f"{action}/{name}")
   return path if pathlib.Path(path).exists() else find_video(folder, name)
 
 

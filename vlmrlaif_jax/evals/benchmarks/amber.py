@@ -10,13 +10,13 @@ Only the first word of a yes-no answer counts, or the word after "Answer:". Any 
 other than yes or no is wrong, as in the script; "odd" is the share of such answers.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import chair, protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
@@ -130,7 +130,7 @@ def read_words(folder: pathlib.Path) -> WordTable:
     if not path.is_file():
       raise FileNotFoundError(f"no file at {path}: {SOURCE.describe()}")
   try:
-    content = json.loads(paths[0].read_bytes())
+    content = read_json(paths[0])
     related = {_normalize(k): [*map(_normalize, same)] for k, same in content.items()}
   except (AttributeError, TypeError, ValueError) as error:
     raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
@@ -180,7 +181,7 @@ def _read_annotations(
     if not path.is_file():
       raise FileNotFoundError(f"no annotations at {path}: {SOURCE.describe()}")
     try:
-      content = json.loads(path.read_bytes())
+      content = read_json(path)
       names = {each["id"]: each["name"] for each in content.get("categories", ())}
       for row in content["annotations"]:
         if "caption" in row:

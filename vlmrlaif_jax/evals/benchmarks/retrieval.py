@@ -10,13 +10,13 @@ caption of several videos once and divides by all videos. VLM-RLAIF's prompt and
 videos are not published.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.data.records import SkippedRecord, format_skipped_records
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
@@ -82,7 +82,7 @@ def _read_msrvtt(
   path: pathlib.Path, config: ConfigDict, problems: list[SkippedRecord]
 ) -> list[tuple[str, str]]:
   try:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    content = read_json(path)
     rows = content["sentences"]
     splits = {str(v["video_id"]): v.get("split") for v in content.get("videos", ())}
   except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -9,7 +9,7 @@ import httpx
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_at_least, check_choices, subsection
-from vlmrlaif_jax.feedback import endpoint
+from vlmrlaif_jax.feedback import endpoint, http_client
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery, hide_videos
 from vlmrlaif_jax.feedback.replies.scores import parse_score
 from vlmrlaif_jax.feedback.terms.functions import Outcome
@@ -39,9 +39,13 @@ async def request_rewards(
     retries: Retries of a failed connection.
   """
   headers = {"Authorization": f"Bearer {os.environ[key_env]}"} if key_env else {}
+  headers |= http_client.UNCOMPRESSED
   transport = httpx.AsyncHTTPTransport(retries=retries)
   async with httpx.AsyncClient(
-    headers=headers, timeout=None, transport=transport
+    headers=headers,
+    timeout=None,
+    transport=transport,
+    event_hooks={"response": [http_client.read_reply]},
   ) as client:
     scores = []
     for sample in samples:

@@ -176,7 +176,10 @@ def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
     pairs = judge_agreement.load_pairs(path, config.videos, problems)
   else:
     pairs, problems = records.read_preferences(
-      path, videos=config.videos or None, written=get_media_folder(run)
+      path,
+      videos=config.videos or None,
+      written=get_media_folder(run),
+      allow_outside=run.config.data.allow_outside,
     )
   run = encode_videos(run, [pair["video"] for pair in pairs], log.print_note)
   total = len(pairs) + len(problems)

@@ -31,6 +31,7 @@ from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.interrupts import Stopped
 from vlmrlaif_jax.core.types import Batch, Params, merge_params
+from vlmrlaif_jax.feedback.http_client import make_http_client
 from vlmrlaif_jax.feedback.server_failures import describe_error
 from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models.vlm import VLM, encode_video
@@ -83,7 +84,11 @@ class _Server:
     self.url, self.adapter, self.retry_at, self.failures = url, "", 0.0, 0
     self.lock, self.slots = asyncio.Lock(), slots
     self.client = openai.AsyncOpenAI(
-      base_url=url, api_key="none", max_retries=0, timeout=config.timeout_s
+      base_url=url,
+      api_key="none",
+      max_retries=0,
+      timeout=config.timeout_s,
+      http_client=make_http_client(),
     )
 
   def note_failure(self) -> None:

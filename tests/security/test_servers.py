@@ -1,0 +1,138 @@
+"""Servers of others cannot end a run, fill its memory, or learn or spread its key."""
+
+import asyncio
+import gzip
+import socket
+import threading
+
+import pytest
+from pytest_httpserver import HTTPServer
+
+from tests.feedback.chat_server import Chat, completion, sends, status
+from tests.feedback.terms.samples import sample
+from vlmrlaif_jax.core.interrupts import Stopped
+from vlmrlaif_jax.feedback import endpoint, http_client
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
+from vlmrlaif_jax.feedback.server_failures import describe_error
+from vlmrlaif_jax.feedback.terms.servers import request_rewards
+
+KEY = "sk-very-secret"
+
+
+@pytest.fixture(scope="module")
+def http_server():
+  with HTTPServer("127.0.0.1", threaded=True) as started:
+    yield started
+
+
+@pytest.fixture
+def server(http_server):
+  return Chat(http_server)
+
+
+@pytest.fixture
+def make(server, tmp_path, monkeypatch):
+  monkeypatch.setenv("JUDGE_KEY", KEY)
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+  def make(**settings):
+    config = endpoint.default_config()
+    own = {"url": server.url, "model": "m", "key_env": "JUDGE_KEY", "timeout_s": 5.0}
+    config.update({**own, "retries": 0, "concurrency": 1, **settings})
+    return endpoint.Endpoint(config, tmp_path / "replies.jsonl")
+
+  return make
+
+
+def ask(judge, *prompts):
+  return judge.ask([JudgeQuery(prompt, (), prompt) for prompt in prompts])
+
+
+REPLY = completion("A reply that is read.")
+BOMB = gzip.compress(gzip.compress(REPLY))  # Real ones expand to gigabytes.
+HOSTILE = {
+  "compressed": status(200, BOMB, Content_Encoding="gzip, gzip"),
+  "compressed error": status(400, BOMB, Content_Encoding="gzip, gzip"),
+  "large": sends(REPLY + b" " * 2000),
+  "large error": status(400, REPLY + b" " * 2000),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_reply_that_is_compressed_or_large_is_malformed(
+  server, make, fault, monkeypatch
+):
+  monkeypatch.setattr(http_client, "MAX_REPLY_BYTES", 1500)
+  server.faults = [HOSTILE[fault]]
+  judge = make()
+  assert ask(judge, "a", "b") == [None, "re: b"]
+  assert judge.counts["failed: malformed reply"] == 1
+  assert server.requests[0][0]["Accept-Encoding"] == "identity"
+
+
+def test_a_reply_nested_deeply_is_malformed(server, make):
+  server.faults = [sends(b"[" * 100_000), status(400, b"[" * 100_000)]
+  judge = make()
+  assert ask(judge, "a", "b", "c") == [None, None, "re: c"]
+  assert describe_error("[" * 100_000, "").startswith("[")
+
+
+@pytest.mark.parametrize("endless", [b"HTTP/1.1 103 Early Hints\r\n\r\n", b"X: y\r\n"])
+def test_an_exchange_has_one_deadline(make, endless):
+  """A server that sends headers, or interim replies, until the client leaves."""
+
+  def serve():
+    connection, _ = listener.accept()
+    with connection:
+      connection.recv(65536)
+      connection.sendall(endless if b"103" in endless else b"HTTP/1.1 200 OK\r\n")
+      while not left.wait(0.05):
+        try:
+          connection.sendall(endless)
+        except OSError:
+          return
+
+  left = threading.Event()
+  with socket.create_server(("127.0.0.1", 0)) as listener:
+    thread = threading.Thread(target=serve)
+    thread.start()
+    judge = make(url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeout_s=0.5)
+    with pytest.raises(Stopped, match="timeout"):
+      ask(judge, "a")
+    left.set()
+    thread.join()
+
+
+def test_the_key_is_blanked_in_a_reply(server, make, tmp_path):
+  server.always = sends(completion(f"My key is {KEY}."))
+  assert ask(make(), "a") == ["My key is ***."]
+  assert KEY not in (tmp_path / "replies.jsonl").read_text()
+
+
+def test_only_the_user_reads_replies(make, tmp_path):
+  ask(make(), "a")
+  assert (tmp_path / "replies.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("key", ["sk-1\n", "sk 1", "sk-é"])
+def test_a_key_that_fits_in_no_header_is_rejected(make, monkeypatch, key):
+  monkeypatch.setenv("JUDGE_KEY", key)
+  with pytest.raises(ValueError, match="JUDGE_KEY") as caught:
+    make()
+  assert key.strip() not in str(caught.value)
+
+
+def test_a_key_sent_without_encryption_is_noted(make, capsys):
+  make()
+  assert "encryption" not in capsys.readouterr().out
+  make(url="http://judge.example/v1")
+  printed = capsys.readouterr().out
+  assert "JUDGE_KEY" in printed and KEY not in printed
+
+
+@pytest.mark.parametrize("fault", ["compressed", "large"])
+def test_replies_of_a_reward_server_have_the_same_limits(server, monkeypatch, fault):
+  monkeypatch.setattr(http_client, "MAX_REPLY_BYTES", 1500)
+  server.faults = [HOSTILE[fault]]
+  with pytest.raises(http_client.ReplyError):
+    asyncio.run(request_rewards([sample()], url=f"{server.url}/chat/completions"))

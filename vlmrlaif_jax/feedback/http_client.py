@@ -1,0 +1,89 @@
+"""An HTTP client for servers of others, whose replies are limited in size."""
+
+import os
+import urllib.parse
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import openai
+
+MAX_REPLY_BYTES = 64 << 20
+# A reply of 300 bytes may expand to gigabytes.
+UNCOMPRESSED = {"Accept-Encoding": "identity"}
+
+
+class ReplyError(openai.APIConnectionError):
+  """A reply that is compressed, or larger than MAX_REPLY_BYTES."""
+
+
+def make_http_client(
+  *hooks: Callable[[Any], Awaitable[None]],
+) -> openai.DefaultAsyncHttpxClient:
+  """Returns a client that follows no redirects, and reads replies by `read_reply`.
+
+  Args:
+    hooks: Called with each response, whose content is read.
+  """
+  return openai.DefaultAsyncHttpxClient(
+    follow_redirects=False,
+    headers=UNCOMPRESSED,
+    event_hooks={"response": [read_reply, *hooks]},
+  )
+
+
+async def read_reply(response: Any) -> None:
+  """Reads the content of a response, of the HTTP library that openai uses or of httpx.
+
+  Raises:
+    ReplyError: The content is compressed or too large.
+  """
+  encoding = response.headers.get("content-encoding", "identity")
+  if encoding != "identity":
+    await response.aclose()
+    raise ReplyError(
+      message=f"the reply is compressed ({encoding[:20]})", request=response.request
+    )
+  content = bytearray()
+  async for chunk in response.aiter_raw():
+    content += chunk
+    if len(content) > MAX_REPLY_BYTES:
+      await response.aclose()
+      raise ReplyError(
+        message=f"the reply has more than {MAX_REPLY_BYTES} bytes",
+        request=response.request,
+      )
+  # Both libraries store the result of `aread` here and have no limit of their own.
+  response._content = bytes(content)
+
+
+def check_key(variable: str) -> None:
+  """Checks the key in an environment variable; "" is a server without a key.
+
+  Raises:
+    ValueError: The variable is not set, or its value cannot be a part of a header.
+  """
+  if not variable:
+    return
+  key = os.environ.get(variable, "")
+  if not key:
+    raise ValueError(
+      f"the environment variable {variable} is not set. Export the key of the "
+      'server in it, or set key_env to "" if the server requires no key.'
+    )
+  if not all("!" <= character <= "~" for character in key):
+    raise ValueError(
+      f"the environment variable {variable} contains a space, a newline or a "
+      "character that is not in ASCII. Export the key of the server alone in it."
+    )
+
+
+def is_plain_remote(url: str) -> bool:
+  """Returns whether other hosts can read what is sent to a url.
+
+  >>> is_plain_remote("http://10.0.0.1/v1"), is_plain_remote("http://localhost:8000")
+  (True, False)
+  """
+  parts = urllib.parse.urlsplit(url)
+  host = parts.hostname or ""
+  is_local = host in ("localhost", "::1") or host.startswith("127.")
+  return parts.scheme == "http" and not is_local
