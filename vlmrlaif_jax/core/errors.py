@@ -19,6 +19,10 @@ class UserError(Exception):
   """
 
 
+class ResumableError(UserError):
+  """An error after which the same command resumes the run."""
+
+
 def check_choices(config: Settings, choices: Mapping[str, Collection[Any]]) -> None:
   """Checks settings that allow only certain values.
 
