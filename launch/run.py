@@ -17,6 +17,7 @@ import itertools
 import os
 import pathlib
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -78,15 +79,16 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)  # Libraries log too many details.
   from vlmrlaif_jax.core import interrupts
-  from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, UserError, make_printable
+  from vlmrlaif_jax.core.errors import UserError, make_printable
   from vlmrlaif_jax.training import alarms
 
   stop = interrupts.StopSignal(agreed=lambda flag: distributed.any_process(flag))
   stop.install()
   # These imports take seconds, during which a signal must have an effect.
   from vlmrlaif_jax.core import distributed
-  from vlmrlaif_jax.recipes import runner
+  from vlmrlaif_jax.recipes import machine_faults, runner
 
+  threading.excepthook = print_thread_failure
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:
@@ -108,21 +110,37 @@ def main(argv: list[str]) -> None:
       print(f"error: {alarmed}", file=sys.stderr, flush=True)
     sys.exit(alarms.EXIT_ALARM)
   except Exception as error:
-    is_user_error = isinstance(error, UserError)
-    if is_user_error:
-      print(make_printable(f"error: {error}"), file=sys.stderr)
+    failure = machine_faults.describe_failure(error, workdir)
+    if failure:
+      print(make_printable(f"error: {failure[0]}"), file=sys.stderr, flush=True)
     elif several:
       traceback.print_exc()
+    code = failure[1] if failure else 1
     if several:
       distributed.abort_process(
         error,
-        code=EXIT_USER_ERROR if is_user_error else 1,
+        code=code,
         heartbeat_s=HEARTBEAT_S.value,
         note=lambda: supervisor.note_error(workdir, distributed.process_index(), error),
       )
-    if not is_user_error:
+    if not failure:
       raise
-    sys.exit(EXIT_USER_ERROR)
+    if not isinstance(error, UserError):
+      # Threads of Orbax that wait for the disk would end a normal exit in tracebacks.
+      sys.stdout.flush()
+      os._exit(code)
+    sys.exit(code)
+
+
+def print_thread_failure(failed: threading.ExceptHookArgs) -> None:
+  """Prints an error that ends a thread; faults of the machine have no traceback."""
+  from vlmrlaif_jax.recipes import machine_faults
+
+  line = failed.exc_value and machine_faults.describe_thread_failure(failed.exc_value)
+  if line:
+    print(line, file=sys.stderr, flush=True)
+  else:
+    threading.__excepthook__(failed)
 
 
 def connect_processes(workdir: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ child. JAX's message on stderr names the lost processes. `docs/launching.md` lis
 exit codes. Nothing here imports JAX: only the child may open the devices.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
@@ -120,9 +121,10 @@ def note_error(workdir: pathlib.Path, process: int, error: BaseException) -> Non
     process: Index of this process.
     error: The error.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
   text = f"process {process}: {type(error).__name__}: {error}"
-  replace_text(workdir / f"error_of_process_{process}.txt", text)
+  with contextlib.suppress(OSError):  # The disk itself may be the cause.
+    workdir.mkdir(parents=True, exist_ok=True)
+    replace_text(workdir / f"error_of_process_{process}.txt", text)
 
 
 def forget_errors(workdir: pathlib.Path) -> None:

@@ -32,6 +32,7 @@ from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge
 from vlmrlaif_jax.planner import topologies
+from vlmrlaif_jax.recipes import workdir_lock
 from vlmrlaif_jax.runtime import answering, captioning, loading
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
@@ -58,9 +59,10 @@ def main(argv: list[str], config: ConfigDict, workdir: pathlib.Path) -> None:
   try:
     run_lib.check(config)
     pairwise.check(config)
-    run = loading.create_run(config, workdir.absolute())
-    with jax.set_mesh(run.mesh):
-      rows = measure(run, run.workdir)
+    with workdir_lock.hold_workdir(workdir.absolute()):
+      run = loading.create_run(config, workdir.absolute())
+      with jax.set_mesh(run.mesh):
+        rows = measure(run, run.workdir)
   except (UserError, ValueError) as error:
     sys.exit(f"error: {error}")
   print(f"\nAbilities of {config.model.path}\n")

@@ -18,6 +18,7 @@ from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization, video
 from vlmrlaif_jax.data.world import builder, scene
+from vlmrlaif_jax.recipes import validation, workdir_lock
 from vlmrlaif_jax.stages.stage import write_facts
 from vlmrlaif_jax.training import alarms, checkpoint, loop
 from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
@@ -52,6 +53,15 @@ def run(
       "the recipe pretrain runs on one device: start one process, without --processes"
     )
   root = pathlib.Path(workdir)
+  validation.check_workdir_path(root.absolute())
+  with workdir_lock.hold_workdir(root):
+    _run_locked(config, root, stop, traced)
+
+
+def _run_locked(
+  config: ConfigDict, root: pathlib.Path, stop: Callable[[], bool], traced: range
+) -> None:
+  """Runs the program in a locked workdir; see run."""
   family = FAMILIES[config.model.family]
   folder = root / "export" / config.model.family
   tok = _load_tokenizer(config, family.train_tokenizer, folder)

@@ -22,6 +22,10 @@ class UserError(Exception):
   """
 
 
+class ResumableError(UserError):
+  """An error after which the same command resumes the run."""
+
+
 def make_printable(text: str) -> str:
   r"""Returns a text whose control characters and lone surrogates are escaped.
 

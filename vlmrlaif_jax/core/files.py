@@ -12,6 +12,17 @@ from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
+def name_file_in_errors(path: Path) -> Iterator[None]:
+  """Adds the path to an OSError of the block that has none, as that of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = str(path)
+    raise
+
+
+@contextlib.contextmanager
 def open_replacing(path: Path) -> Iterator[BinaryIO]:
   """Opens a new file that replaces `path` when the block ends without an error.
 
@@ -24,11 +35,12 @@ def open_replacing(path: Path) -> Iterator[BinaryIO]:
   """
   unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
   try:
-    with unfinished.open("wb") as file:
+    with name_file_in_errors(path), unfinished.open("wb") as file:
       yield file
     unfinished.replace(path)
   finally:
-    unfinished.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # The error of the write counts.
+      unfinished.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from vlmrlaif_jax.core.files import open_replacing
+from vlmrlaif_jax.core.files import name_file_in_errors, open_replacing
 
 JsonRow: TypeAlias = dict[str, Any]  # A JSON object.
+CHECKSUM = "crc32"  # Key of a row's checksum.
 
 
 def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -33,7 +35,8 @@ def append_jsonl(
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "ab+", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+  opener = lambda name, flags: os.open(name, flags, mode)
+  with name_file_in_errors(path), open(path, "ab+", opener=opener) as file:
     rest = _read_unended(file)
     if isinstance(_parse(rest), dict):
       file.write(b"\n")  # The record is complete; only its newline is missing.
@@ -67,6 +70,39 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
       elif line.endswith(b"\n") and line.strip():
         raise ValueError(f"{path}, line {number}: {row}")
   return rows
+
+
+def seal_row(row: Mapping[str, Any]) -> JsonRow:
+  """Returns a row with a checksum, which `read_intact_rows` checks and removes."""
+  return {**row, CHECKSUM: zlib.crc32(_line(row))}
+
+
+def read_intact_rows(path: str | os.PathLike) -> tuple[list[JsonRow], dict[int, str]]:
+  """Returns the intact rows of a file, and the reason of each damaged line by number.
+
+  A row is damaged if it is no JSON object, or differs from its checksum. A row without
+  a checksum passes. An incomplete last line is left out, as in `read_jsonl`.
+  """
+  rows, damaged = [], {}
+  with Path(path).open("rb") as file:
+    for number, line in enumerate(file, 1):
+      row = _parse(line)
+      if isinstance(row, dict):
+        checksum = row.pop(CHECKSUM, None)
+        if checksum is None or checksum == zlib.crc32(_line(row)):
+          rows.append(row)
+        else:
+          damaged[number] = "the checksum differs"
+      elif line.endswith(b"\n") and line.strip():
+        damaged[number] = row
+  return rows, damaged
+
+
+def format_damage(path: str | os.PathLike, damaged: Mapping[int, str]) -> str:
+  """Formats the damaged lines of a file: its path, their numbers and a reason."""
+  number, reason = next(iter(damaged.items()))
+  more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+  return f"{path}: line {number}{more} is damaged ({reason})"
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:

@@ -39,19 +39,32 @@ def load_or_compute(
     on_progress: Receives the number of finished rows after each batch.
   """
   head = {"fingerprint": fingerprint}
-  cached = distributed.on_process_zero(
-    lambda: jsonl.read_jsonl(path) if path.exists() else []
-  )
+  cached = distributed.on_process_zero(lambda: _read_cached(path))
   rows = cached[1:] if cached[:1] == [head] else []
   if len(rows) < count:  # An incomplete batch is computed again as a whole.
     rows = rows[: len(rows) // batch * batch]
-    distributed.on_process_zero(lambda: jsonl.write_records(path, [head, *rows]))
+    sealed = [head, *map(jsonl.seal_row, rows)]
+    distributed.on_process_zero(lambda: jsonl.write_records(path, sealed))
   for start in range(len(rows), count, batch):
     added = make(range(start, min(start + batch, count)))
-    distributed.on_process_zero(functools.partial(jsonl.append_jsonl, path, added))
+    sealed = list(map(jsonl.seal_row, added))
+    distributed.on_process_zero(functools.partial(jsonl.append_jsonl, path, sealed))
     rows += added
     on_progress(len(rows))
   return rows
+
+
+def _read_cached(path: pathlib.Path) -> list[Row]:
+  """Returns the rows of a file before the first damaged line; [] without a file."""
+  if not path.exists():
+    return []
+  rows, damaged = jsonl.read_intact_rows(path)
+  if not damaged:
+    return rows
+  distributed.print_once(
+    f"{jsonl.format_damage(path, damaged)}: computing the rows from it again"
+  )
+  return rows[: min(damaged) - 1]
 
 
 def compute_fingerprint(variables: Params, *facts: object) -> str:

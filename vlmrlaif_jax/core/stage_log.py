@@ -20,10 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from vlmrlaif_jax.core.errors import make_printable
-from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
+from vlmrlaif_jax.core.files import name_file_in_errors
+from vlmrlaif_jax.core.jsonl import format_damage, read_intact_rows, write_records
 
 MAX_PROGRESS_METRICS = 5  # Metrics on a progress line; more exceed 100 columns.
 PACE_WINDOW = 20  # Steps over which the pace is averaged.
@@ -36,6 +39,38 @@ def split_round(name: str) -> tuple[str, int]:
   """
   match = re.fullmatch(r"(.+)_(\d+)", name)
   return (match[1], int(match[2])) if match else (name, 0)
+
+
+class EventFile:
+  """A new TensorBoard file of a stage's scalars.
+
+  SummaryWriter writes in a thread, and blocks forever after a failed write. This class
+  writes synchronously. A failed write raises.
+
+  Args:
+    folder: Folder of the file; it is created if missing.
+    first_step: Step from which TensorBoard ignores the points of older files.
+  """
+
+  def __init__(self, folder: Path, first_step: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    self._folder = folder
+    self._writer = EventsWriter(str(folder / "events"))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(first_step, file_version="brain.Event:2")
+    self._write(first_step, session_log=start)
+
+  def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Appends scalars by name."""
+    for name, x in values.items():
+      self._write(step, summary=summary.scalar(name, x))
+    with name_file_in_errors(self._folder):
+      self._writer.flush()
+
+  def _write(self, step: int, **content: Any) -> None:
+    event = event_pb2.Event(step=step, wall_time=time.time(), **content)
+    with name_file_in_errors(self._folder):
+      self._writer.write_event(event)
 
 
 class StageLog:
@@ -68,17 +103,13 @@ class StageLog:
     self.folder, self.stage, self.total_steps = Path(folder), stage, total_steps
     self.every, self.clock, self.writes = every, clock, writes
     last = -1 if resume_from is None else resume_from
+    note = ""
     if writes:
       self.folder.mkdir(parents=True, exist_ok=True)
-      truncate_log(self.folder, last)
+      note = truncate_log(self.folder, last)
     metrics = self.folder / "metrics.jsonl" if writes else os.devnull
     self._metrics = open(metrics, "a", encoding="utf-8")
-    self._board = SummaryWriter(
-      str(self.folder / "tensorboard"),
-      purge_step=last + 1,
-      flush_secs=10,
-      write_to_disk=writes,
-    )
+    self._board = EventFile(self.folder / "tensorboard", last + 1) if writes else None
     if stream is None:
       stream = sys.stdout if writes else open(os.devnull, "w", encoding="utf-8")
     # Rich treats any stream as a terminal under FORCE_COLOR; log files must be plain.
@@ -89,6 +120,8 @@ class StageLog:
     self._task = self._bar.add_task(stage, total=total_steps, pace="", metrics="")
     self._marks: deque[tuple[float, int]] = deque(maxlen=PACE_WINDOW)
     self._last_printed = -math.inf  # Time of the last plain line.
+    if note:
+      self.print_note(note)
 
   def __enter__(self) -> "StageLog":
     if self._live:
@@ -98,8 +131,8 @@ class StageLog:
   def __exit__(self, *_) -> None:
     if self._live:
       self._bar.stop()
-    self._board.close()
-    self._metrics.close()
+    with name_file_in_errors(self.folder / "metrics.jsonl"):
+      self._metrics.close()
 
   def log_metrics(
     self,
@@ -122,10 +155,11 @@ class StageLog:
     if phases:
       line["phases"] = {name: round(x, 4) for name, x in phases.items()}
       finite |= {f"phases/{name}": x for name, x in phases.items()}
-    self._metrics.write(json.dumps(line) + "\n")
-    self._metrics.flush()
-    for name, x in finite.items():
-      self._board.add_scalar(name, x, step)
+    with name_file_in_errors(self.folder / "metrics.jsonl"):
+      self._metrics.write(json.dumps(line) + "\n")
+      self._metrics.flush()
+    if self._board:
+      self._board.add_scalars(step, finite)
 
   def log_progress(
     self, step: int, metrics: Mapping[str, SupportsFloat], note: str = ""
@@ -223,13 +257,36 @@ def format_number(x: float) -> str:
   return f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:.3g}"
 
 
-def truncate_log(folder: Path, last: int) -> None:
-  """Removes metrics and samples of steps after `last`, and an incomplete last line."""
-  path = folder / "metrics.jsonl"
+def truncate_log(folder: Path, last: int) -> str:
+  """Removes metrics and samples of steps after `last`, and damaged lines.
+
+  Returns:
+    A line about damaged lines; "" if there are none.
+  """
+  path, note = folder / "metrics.jsonl", ""
   if path.exists():
-    write_records(path, [row for row in read_jsonl(path) if row["step"] <= last])
+    rows, damaged = read_intact_rows(path)
+    steps = [row.get("step") for row in rows]
+    write_records(
+      path,
+      [
+        row
+        for row, step in zip(rows, steps, strict=True)
+        if isinstance(step, int) and step <= last
+      ],
+    )
+    if damaged:
+      note = f"{format_damage(path, damaged)}: these metrics are left out"
+  for step, path in list_sample_files(folder):
+    if step > last:
+      path.unlink()
+  return note
+
+
+def list_sample_files(folder: Path) -> list[tuple[int, Path]]:
+  """Returns (step, path) of each file of a stage's samples, in order."""
   samples = folder / "samples"
   # A workdir of others may have a link to a folder of the user here.
-  for path in () if samples.is_symlink() else samples.glob("step_*.jsonl"):
-    if int(path.stem.removeprefix("step_")) > last:
-      path.unlink()
+  paths = () if samples.is_symlink() else samples.glob("step_*.jsonl")
+  steps = ((re.fullmatch(r"step_(\d+)", path.stem), path) for path in paths)
+  return sorted((int(match[1]), path) for match, path in steps if match)

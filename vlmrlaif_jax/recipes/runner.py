@@ -3,6 +3,7 @@
 Stages that are done in the workdir are skipped. An unfinished stage resumes.
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -20,7 +21,12 @@ from vlmrlaif_jax.core.interrupts import StageMonitor
 from vlmrlaif_jax.core.profiling import ProfilerTrace
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.planner import memory
-from vlmrlaif_jax.recipes import compilation_cache, data_files, validation
+from vlmrlaif_jax.recipes import (
+  compilation_cache,
+  data_files,
+  validation,
+  workdir_lock,
+)
 from vlmrlaif_jax.recipes.validation import ROUND_STAGE, list_stages
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.runtime import loading, resume_policy
@@ -51,10 +57,45 @@ def run_recipe(
 
   Raises:
     Stopped: `stop` returned True. Finished steps are saved.
-    UserError: A setting, a file or the workdir does not fit.
+    UserError: A setting, a file or the workdir does not fit, or another run uses the
+      workdir.
   """
   root = pathlib.Path(workdir).absolute()
+  validation.check_workdir_path(root)
   distributed.check_same_config(config.to_json_best_effort())
+  with contextlib.ExitStack() as stack:
+    check_lock = lock_workdir(root, stack)
+
+    def check_and_stop() -> bool:
+      check_lock()
+      return stop()
+
+    _run_stages(config, root, check_and_stop, traced)
+    write = lambda: check_lock() or str(page.write_report(root))
+    path = pathlib.Path(distributed.on_process_zero(write))
+  distributed.print_once(f"report: {path}")
+  return path
+
+
+def lock_workdir(root: pathlib.Path, stack: contextlib.ExitStack) -> Callable[[], None]:
+  """Locks a workdir until the stack ends. Process 0 locks for all processes.
+
+  Returns:
+    A function that raises if the lock is lost.
+
+  Raises:
+    UserError: Another run holds the workdir.
+  """
+  checks: list[Callable[[], None]] = []
+  lock = workdir_lock.hold_workdir(root, distributed.print_once)
+  distributed.on_process_zero(lambda: checks.append(stack.enter_context(lock)))
+  return checks[0] if checks else lambda: None
+
+
+def _run_stages(
+  config: ConfigDict, root: pathlib.Path, stop: Callable[[], bool], traced: range
+) -> None:
+  """Runs the unfinished stages in a locked workdir; see run_recipe."""
   if distributed.is_multiprocess():
     kind = jax.devices()[0].device_kind
     distributed.print_once(
@@ -89,9 +130,6 @@ def run_recipe(
           lambda: data_files.check_unchanged(root, data_files.hash_data_files(config))
         )
         _run_stage(run, stage, root / stage, stop, traced)
-  path = pathlib.Path(distributed.on_process_zero(lambda: str(page.write_report(root))))
-  distributed.print_once(f"report: {path}")
-  return path
 
 
 def _run_stage(
@@ -121,6 +159,7 @@ def _run_stage(
     watch = StageMonitor(stop, trace.step)
     watch.check(f"the next stage is {stage}")
     summary = entry.run(run._replace(watch=watch), stage, folder, log)
+    stop()  # Raises if the workdir was removed, so that no result of it counts as done.
     seconds = time.monotonic() - start
     log.print_note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}

@@ -52,8 +52,34 @@ RENAMED = {
   "evaluate.bon_temperature": "evaluate.held_out.bon_temperature",
 }
 RENAMED_STAGES = {"benchmarks": "eval"}
+# Orbax uses the path of a checkpoint as a pattern of glob when it merges arrays.
+PATTERN_CHARACTERS = "*?[\\"
 # Placeholder in a recipe's stages for "claims_N" and "dpo_N" of each round N.
 ROUND_STAGE = "round"
+
+
+def check_workdir_path(root: pathlib.Path) -> None:
+  """Checks that checkpoints can be saved and restored below a path.
+
+  Args:
+    root: Absolute path of the workdir.
+
+  Raises:
+    UserError: The path has a character of a pattern, or is not UTF-8.
+  """
+  wrong = [each for each in PATTERN_CHARACTERS if each in str(root)]
+  if wrong:
+    raise UserError(
+      f"--workdir={root} has the character {wrong[0]!r}, which Orbax reads as a "
+      "pattern, so that no checkpoint could be restored: use a path without "
+      f"{' '.join(PATTERN_CHARACTERS)}"
+    )
+  try:
+    str(root).encode()
+  except UnicodeEncodeError:
+    raise UserError(
+      f"--workdir={str(root)!r} is not UTF-8: use a path of valid characters"
+    ) from None
 
 
 def list_stages(config: ConfigDict) -> list[str]:

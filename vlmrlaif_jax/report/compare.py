@@ -9,11 +9,11 @@ from typing import Any
 
 from vlmrlaif_jax.core.files import align_leaves, find_differences
 from vlmrlaif_jax.core.jsonl import JsonRow
+from vlmrlaif_jax.core.stage_log import list_sample_files
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report.charts import draw_chart
 from vlmrlaif_jax.report.files import (
   Workdir,
-  list_sample_files,
   open_report_workdir,
   read_json_or_empty,
   read_rows,

@@ -10,13 +10,23 @@ from vlmrlaif_jax.evals.summary import HELD_OUT, is_number, select_comparable
 
 
 def read_json_or_empty(path: Path) -> JsonRow:
-  """Returns the object in a JSON file, {} for a missing file."""
-  return files.read_json(path, default={})
+  """Returns the object in a JSON file, {} for a missing or damaged file."""
+  try:
+    value = files.read_json(path, default={})
+  except ValueError as error:
+    print(f"report: {error}: left out")
+    return {}
+  return value if isinstance(value, dict) else {}
 
 
 def read_rows(path: Path) -> list[JsonRow]:
-  """Returns the rows of a JSONL file, [] for a missing file."""
-  return jsonl.read_jsonl(path) if path.exists() else []
+  """Returns the intact rows of a JSONL file, [] for a missing file."""
+  if not path.exists():
+    return []
+  rows, damaged = jsonl.read_intact_rows(path)
+  if damaged:
+    print(f"report: {jsonl.format_damage(path, damaged)}: left out")
+  return rows
 
 
 class StageFacts(NamedTuple):
@@ -31,7 +41,7 @@ class StageFacts(NamedTuple):
 def read_stage_facts(root: Path, name: str) -> StageFacts:
   """Returns the facts of a stage; without stage.json the title is the folder's name."""
   facts: JsonRow = {"title": name} | read_json_or_empty(root / name / "stage.json")
-  return StageFacts(**facts)
+  return StageFacts(**{key: facts[key] for key in StageFacts._fields if key in facts})
 
 
 def list_report_stages(root: Path) -> list[str]:
@@ -68,12 +78,6 @@ def open_report_workdir(root: Path, stage: str = "") -> Workdir:
         root, stages, name, results, select_comparable(results["policies"])
       )
   return Workdir(root, stages, "", {}, ("", ""))
-
-
-def list_sample_files(stage: Path) -> list[tuple[int, Path]]:
-  """Returns (step, path) of each file of a stage's samples, in order."""
-  paths = (stage / "samples").glob("step_*.jsonl")
-  return sorted((int(path.stem.removeprefix("step_")), path) for path in paths)
 
 
 def average_column(rows: Sequence[JsonRow], key: str) -> float | None:

@@ -13,12 +13,15 @@ from jinja2 import Environment, FileSystemLoader
 
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.jsonl import JsonRow
-from vlmrlaif_jax.core.stage_log import format_duration, format_number
+from vlmrlaif_jax.core.stage_log import (
+  format_duration,
+  format_number,
+  list_sample_files,
+)
 from vlmrlaif_jax.report.files import (
   Workdir,
   clip_text,
   list_report_stages,
-  list_sample_files,
   open_report_workdir,
   read_json_or_empty,
   read_rows,

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from vlmrlaif_jax.core.jsonl import JsonRow
-from vlmrlaif_jax.core.stage_log import split_round
+from vlmrlaif_jax.core.stage_log import list_sample_files, split_round
 from vlmrlaif_jax.evals.summary import is_number
 from vlmrlaif_jax.report.charts import select_evenly
 from vlmrlaif_jax.report.files import (
   average_column,
   clip_text,
-  list_sample_files,
   read_rows,
   read_stage_facts,
 )
