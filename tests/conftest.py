@@ -24,8 +24,6 @@ os.environ.setdefault(
   str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax"),
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Tracing makes many objects that live long: the collector took 7 % of the suite's time.
-gc.set_threshold(200_000, 50, 100)
 
 import pytest
 
@@ -38,6 +36,10 @@ from tests.helpers import (
 )
 
 # The imports of `small` take a while, and many tests do without it.
+
+
+# Tracing makes many objects that live long: the collector took 7 % of the suite's time.
+gc.set_threshold(200_000, 50, 100)
 
 
 def pytest_configure(config):
