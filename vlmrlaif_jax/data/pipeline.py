@@ -22,7 +22,6 @@ from vlmrlaif_jax.data.records import Example, Record, SkippedRecord
 from vlmrlaif_jax.data.templates import MEDIA_MARK
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.data.video import Media, MediaList, check_decoder, list_media
-from vlmrlaif_jax.data.world import builder
 
 
 class Splits(NamedTuple):
@@ -141,6 +140,9 @@ def keep_first_questions(
 
 def _load_world(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
   """Renders the embedded world, and reads its splits like a user's files."""
+  # TFDS takes half a second to import, and only this world needs it.
+  from vlmrlaif_jax.data.world import builder
+
   sizes = {name: count for name, count in config.sizes.items() if count}
   builder.build_world(folder, sizes=sizes, seed=seed)
   splits: dict[str, list[Example]] = {}
