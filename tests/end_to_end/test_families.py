@@ -46,11 +46,10 @@ LABEL = {
 MERGER = {"model.train_merger": True}
 SEVERAL = {"data.prompt_len": 256, "data.response_len": 264, "sft.pack_len": 768}
 CASES = {
-  "qwen3_vl": Case(qwen.write_checkpoint, settings=SEVERAL, several=True),
+  "qwen3_vl": Case(qwen.write_checkpoint, settings=SEVERAL | MERGER, several=True),
   "qwen2_5_vl": Case(
     qwen2_5.write_checkpoint, ("sft_short", "sft_long", "label", *STAGES[2:]), LABEL
   ),
-  "qwen3_vl merger": Case(qwen.write_checkpoint, STAGES[:4], MERGER),
 }
 
 
