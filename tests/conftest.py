@@ -37,6 +37,9 @@ from tests.helpers import (
 
 # The imports of `small` take a while, and many tests do without it.
 
+# Tracing makes many objects that live long: the collector took 7 % of the suite's time.
+gc.set_threshold(200_000, 50, 100)
+
 
 # Tracing makes many objects that live long: the collector took 7 % of the suite's time.
 gc.set_threshold(200_000, 50, 100)

@@ -20,20 +20,28 @@ from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 LEARN = ("sft_short", "sft_long", "rm", "ppo")
 STEPS = 6
 ENDED = "rm"  # The stage in which one is asked to end.
-# What stands for launch/run.py: with the devices of a mesh in the order that is given.
+# What stands for launch/run.py: with the devices of a mesh in the order that is given,
+# and with labels also where preferences are given. Parents of others only start them.
 PROGRAM = """
 import runpy, sys
-import jax
-from vlmrlaif_jax.core import sharding
+from launch import supervisor
 
-order, plain = eval(sys.argv.pop(1)), sharding.make_mesh
+order = eval(sys.argv.pop(1))
+if supervisor.is_child() or "--process=" not in " ".join(sys.argv):
+  import jax
+  from vlmrlaif_jax.core import sharding
+  from vlmrlaif_jax.stages.stage import load_stages
+
+  plain = sharding.make_mesh
 
 
-def make_mesh(devices=None, **sizes):
-  return plain(**sizes, devices=devices or [jax.devices()[i] for i in order])
+  def make_mesh(devices=None, **sizes):
+    return plain(**sizes, devices=devices or [jax.devices()[i] for i in order])
 
 
-sharding.make_mesh = make_mesh
+  sharding.make_mesh = make_mesh
+  stages = load_stages()
+  stages["label"] = stages["label"]._replace(is_needed=lambda config: True)
 sys.argv[0] = "launch/run.py"
 runpy.run_path("launch/run.py", run_name="__main__")
 """
@@ -64,7 +72,7 @@ def recipe(tiny_settings, root):
 
   (root / "program.py").write_text(PROGRAM)
 
-  def start(name, processes, *, order, stages=(), **mesh):
+  def start(name, processes, *, order, **mesh):
     mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
 
     def command(coordinator, number):
@@ -79,11 +87,11 @@ def recipe(tiny_settings, root):
         str(order),
         "--config=configs/ppo.py",
         f"--workdir={root / name}",
-        *small.flags(settings | mesh | ({"stages": stages} if stages else {})),
+        *small.flags(settings | mesh),
         *(given if processes > 1 else []),
       ]
 
-    logs = root / "_".join((name, str(processes), *stages))
+    logs = root / f"{name}_{processes}"
     devices = len(order) // processes
     return several.start(command, processes, logs, devices=devices), logs
 
@@ -244,20 +252,10 @@ def test_responses_are_those_of_one_process(alone, together):
   assert read(together[0]) == read(alone) and len(read(alone)) == 8
 
 
-@pytest.fixture(scope="module")
-def labeled(recipe, alone, together):
-  """Both workdirs with labels, which a recipe with given preferences does not write."""
-  several.finish(*recipe("alone", 1, order=[0, 1], stages=("label",), data=1, fsdp=2))
-  several.finish(
-    *recipe("together", 2, order=[1, 0], stages=("label",), data=2, fsdp=1)
-  )
-  return alone, together[0]
-
-
-def test_labels_are_those_of_one_process(labeled):
+def test_labels_are_those_of_one_process(alone, together):
   """But for a token where two were as close as the rounding of six updates."""
   name = "label/blocks/block_00000.jsonl"
-  one, two = ((at / name).read_text().splitlines() for at in labeled)
+  one, two = ((at / name).read_text().splitlines() for at in (alone, together[0]))
   id_of = lambda line: json.loads(line)["id"]
   assert list(map(id_of, two)) == list(map(id_of, one)) and len(one) == 8
   assert sum(a != b for a, b in zip(one, two, strict=True)) <= 1

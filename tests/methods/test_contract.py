@@ -47,7 +47,7 @@ def _collected(name, **settings):
   return method, params, frozen, experience
 
 
-# Two tests share a program of one optimizer, whose first step is plain SGD.
+# One optimizer for two tests, which so share a program. Its first step is plain SGD.
 SGD = optax.sgd(0.1, momentum=0.9)
 FALLING = {"grpo": optax.adam(3e-3)}  # By that of SGD its loss rises.
 
