@@ -24,10 +24,11 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 POLICY = "; ".join(
   (
     "default-src 'self'",
-    "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
     "style-src 'self' 'unsafe-inline'",
     "img-src 'self' data: blob:",
     "media-src 'self' data: blob:",
+    "connect-src 'self' data: blob:",
     "font-src 'self' data:",
     "object-src 'none'",
     "base-uri 'self'",
