@@ -59,6 +59,7 @@ def pytest_collection_modifyitems(config, items):
     ("torchvision", processor_oracle.missing()),
     ("real_model", real_model.missing()),
     ("engine", vllm_server.missing()),
+    ("faults", [] if "faults" in config.option.markexpr else ["-m faults"]),
   ):
     items[:], deselected = compilers.split(items, absent, marker)
     config.hook.pytest_deselected(items=deselected)
