@@ -41,10 +41,6 @@ from tests.helpers import (
 gc.set_threshold(200_000, 50, 100)
 
 
-# Tracing makes many objects that live long: the collector took 7 % of the suite's time.
-gc.set_threshold(200_000, 50, 100)
-
-
 def pytest_configure(config):
   """Ends a run in CI that could not run all tests."""
   absent = compilers.missing() + processor_oracle.missing()
@@ -66,6 +62,7 @@ def pytest_collection_modifyitems(config, items):
     ("torchvision", processor_oracle.missing()),
     ("real_model", real_model.missing()),
     ("engine", vllm_server.missing()),
+    ("faults", [] if "faults" in config.option.markexpr else ["-m faults"]),
   ):
     items[:], deselected = compilers.split(items, absent, marker)
     config.hook.pytest_deselected(items=deselected)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from tests.helpers import qwen
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
+from vlmrlaif_jax.core.jsonl import append_jsonl, read_intact_rows
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.features import FeatureStore
 from vlmrlaif_jax.data.processors.interface import Grid, Visual
@@ -117,7 +117,7 @@ def test_clip_is_captioned_once(narratives):
   assert (first, again) == (["a0-2."] * 2, ["a0-2."])
   assert narratives.calls == [[("a", 0, 2)]]
   caption = {"video": "a", "start": 0, "stop": 2, "caption": "a0-2."}
-  assert read_jsonl(narratives.path) == [caption]
+  assert read_intact_rows(narratives.path) == ([caption], {})
 
 
 def test_caption_that_was_cut_short_is_made_again(narratives):

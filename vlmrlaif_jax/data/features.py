@@ -17,12 +17,14 @@ import os
 import pathlib
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float16
 
+from vlmrlaif_jax.core.errors import ResumableError
 from vlmrlaif_jax.core.files import open_replacing, read_json, write_json
 from vlmrlaif_jax.core.prefetch import prefetch
 from vlmrlaif_jax.core.types import Phase, ignore_phase
@@ -60,6 +62,7 @@ WHOLE = (0.0, math.inf)  # Start and end of a video that is not a part of anothe
 # Files of `open_replacing`, by names of `_name_files`.
 UNFINISHED = re.compile(r"[0-9a-f]{32}\.(npy|json)\.[0-9a-f]{32}\.tmp")
 STALE_S = 24 * 3600  # Seconds after which an unfinished file is removed.
+TRAILER_MARK = b"crc32"  # Precedes the checksum after the array of a file.
 PROGRESS_EVERY = 512  # Videos between two lines of progress.
 
 
@@ -80,6 +83,9 @@ class FeatureStore(NamedTuple):
   # numbers; or 0.
   length: int = 0
   arrange: Arrange = lambda features, visual: features  # Processor.arrange.
+  verified: set[str] | None = (
+    None  # Videos whose checksum was compared; None: no check.
+  )
 
   def has(self, media: Media) -> bool:
     """Returns whether all videos have features."""
@@ -134,6 +140,9 @@ class FeatureStore(NamedTuple):
     if name in self.cached:
       return self.cached[name]
     feature = np.load(self.files[name], mmap_mode="r")
+    if self.verified is not None and name not in self.verified:
+      _verify(self.files[name], feature)
+      self.verified.add(name)
     if (len(self.cached) + 1) * feature.nbytes <= self.memory:
       self.cached[name] = feature = np.array(feature)
     return feature
@@ -199,7 +208,7 @@ def build_feature_store(
   layouts, failures = layouts | written, failures | unreadable
   files = {name: path for name, path in files.items() if name in layouts}
   return FeatureStore(
-    files, layouts, failures, {}, memory_gb * GB, 0, processor.arrange
+    files, layouts, failures, {}, memory_gb * GB, 0, processor.arrange, set()
   )
 
 
@@ -231,6 +240,7 @@ def _write_all(
         write_json(files[name].with_suffix(".json"), layout._asdict())
       with open_replacing(files[name]) as file:
         np.save(file, feature)
+        file.write(_compute_trailer(feature))
       layouts[name] = layout
     check()
     before, done = done, done + len(part)
@@ -272,7 +282,7 @@ def _read_layout(
   The layout is next to the features unless it is that of all videos.
   """
   try:
-    np.load(file, mmap_mode="r")
+    _read_trailer(file, np.load(file, mmap_mode="r"))
     if processor.layout is not None:
       return processor.layout
     return parse_layout(read_json(file.with_suffix(".json")))
@@ -281,6 +291,43 @@ def _read_layout(
   except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
     note(f"features: {file} cannot be read ({error}): encoding it again")
     return None
+
+
+def _compute_trailer(feature: Float[np.ndarray, "..."]) -> bytes:
+  """Returns the bytes after an array in its file: a mark and a checksum."""
+  checksum = zlib.crc32(np.ascontiguousarray(feature).view(np.uint8).data)
+  return TRAILER_MARK + checksum.to_bytes(4, "little")
+
+
+def _read_trailer(file: pathlib.Path, feature: np.ndarray) -> bytes:
+  """Returns the bytes after an array in its file; b"" in files of earlier versions.
+
+  Raises:
+    ValueError: The file has another length.
+  """
+  if not isinstance(feature, np.memmap):
+    raise ValueError("the array is empty")
+  with file.open("rb") as stream:
+    stream.seek(feature.offset + feature.nbytes)
+    trailer = stream.read()
+  if len(trailer) not in (0, len(TRAILER_MARK) + 4):
+    raise ValueError(f"{len(trailer)} bytes after the array")
+  return trailer
+
+
+def _verify(file: pathlib.Path, feature: Float[np.ndarray, "..."]) -> None:
+  """Compares features with their checksum, and removes the file if they differ.
+
+  Raises:
+    ResumableError: The features differ.
+  """
+  trailer = _read_trailer(file, feature)
+  if trailer and trailer != _compute_trailer(feature):
+    file.unlink(missing_ok=True)
+    raise ResumableError(
+      f"the features {file} were damaged on disk (the checksum differs) and are "
+      "removed: the same command encodes the video again and resumes"
+    )
 
 
 def parse_layout(value: Mapping[str, Any]) -> Visual:

@@ -14,7 +14,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
 from vlmrlaif_jax.data.processors.interface import VideoTokens
@@ -147,17 +146,14 @@ def keep_first_questions(
 def _load_world(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
   """Renders the embedded world, and reads its splits like a user's files."""
   # TFDS takes half a second to import, and only this world needs it.
-  from vlmrlaif_jax.data.world import builder
+  from vlmrlaif_jax.data.world import repair
 
   sizes = {name: count for name, count in config.sizes.items() if count}
-  builder.build_world(folder, sizes=sizes, seed=seed)
+  repair.load_world(folder, sizes=sizes, seed=seed)
   splits: dict[str, list[Example]] = {}
   problems: list[SkippedRecord] = []
   for split in sizes:
     path = folder / f"{split}.jsonl"
-    if not path.exists():
-      rows = sorted(builder.read_split(folder, split), key=lambda row: row["id"])
-      jsonl.write_records(path, rows)
     splits[split], bad = records.read_records(
       path, videos=folder / "videos", need_answer=split == "sft"
     )

@@ -85,16 +85,18 @@ def cache_judge(judge: CaseJudge, path: pathlib.Path, batch: int) -> CaseJudge:
   def ask(cases: Sequence[JudgeCase]) -> list[str | None]:
     keys = [_make_key(judge, case) for case in cases]
     rows = distributed.on_process_zero(
-      lambda: jsonl.read_jsonl(path) if path.exists() else []
+      lambda: jsonl.read_intact_rows(path)[0] if path.exists() else []
     )
-    cached = {row["key"]: row["reply"] for row in rows}
+    cached = {
+      row["key"]: row["reply"] for row in rows if {"key", "reply"} <= row.keys()
+    }
     missing = {k: c for k, c in zip(keys, cases, strict=True) if k not in cached}
     pending = list(missing.items())
     for start in range(0, len(pending), batch):
       chunk = pending[start : start + batch]
       replies = judge.ask([case for _, case in chunk])
       new_rows = [
-        {"key": key, "id": case.id, "reply": reply}
+        jsonl.seal_row({"key": key, "id": case.id, "reply": reply})
         for (key, case), reply in zip(chunk, replies, strict=True)
         if reply is not None
       ]

@@ -24,6 +24,7 @@ from vlmrlaif_jax.planner import memory
 from vlmrlaif_jax.recipes import (
   compilation_cache,
   data_files,
+  stage_outputs,
   validation,
   workdir_lock,
 )
@@ -39,6 +40,10 @@ from vlmrlaif_jax.stages.stage import (
   write_facts,
 )
 from vlmrlaif_jax.training import checkpoint
+
+CONFIG_REMEDY = (
+  "restore it from a copy, or remove it if this command has the settings of the run"
+)
 
 
 def run_recipe(
@@ -70,7 +75,11 @@ def run_recipe(
       check_lock()
       return stop()
 
-    _run_stages(config, root, check_and_stop, traced)
+    try:
+      _run_stages(config, root, check_and_stop, traced)
+    except Exception:
+      check_lock()  # If the workdir was removed, this is the cause.
+      raise
     write = lambda: check_lock() or str(page.write_report(root))
     path = pathlib.Path(distributed.on_process_zero(write))
   distributed.print_once(f"report: {path}")
@@ -106,6 +115,9 @@ def _run_stages(
   validation.check_recipe(config)
   is_begun = distributed.on_process_zero(lambda: check_workdir(config, root))
   compilation_cache.use_private_cache()
+  distributed.on_process_zero(
+    lambda: stage_outputs.set_damaged_aside(root, stages, distributed.print_once)
+  )
   todo = [s for s in stages if not is_done(config, root, s)]
   for stage in stages:
     if stage not in todo:
@@ -129,7 +141,32 @@ def _run_stages(
         distributed.on_process_zero(
           lambda: data_files.check_unchanged(root, data_files.hash_data_files(config))
         )
-        _run_stage(run, stage, root / stage, stop, traced)
+        _resume_stage(run, stage, root / stage, stop, traced)
+
+
+def _resume_stage(
+  run: Run,
+  stage: str,
+  folder: pathlib.Path,
+  stop: Callable[[], bool],
+  traced: range,
+) -> None:
+  """Runs a stage; a damaged checkpoint of its own is set aside, and it runs again."""
+  try:
+    _run_stage(run, stage, folder, stop, traced)
+  except checkpoint.DamagedCheckpoint as error:
+    step = pathlib.Path(error.folder)
+    is_own = step.parent == folder / "checkpoints" and step.exists()
+    if not is_own or distributed.is_multiprocess():
+      raise
+    print(
+      f"{error}\n{stage}: set aside as {folder / step.name}.damaged; the stage "
+      "continues from the checkpoint before, or from its start",
+      flush=True,
+    )
+    # Not next to the other steps, because Orbax reads every folder there.
+    stage_outputs.set_aside(step, folder)
+    _resume_stage(run, stage, folder, stop, traced)
 
 
 def _run_stage(
@@ -156,6 +193,7 @@ def _run_stage(
         is_measurement=entry.is_measurement,
       )
     )
+    distributed.on_process_zero(lambda: stage_outputs.forget_outputs(folder))
     watch = StageMonitor(stop, trace.step)
     watch.check(f"the next stage is {stage}")
     summary = entry.run(run._replace(watch=watch), stage, folder, log)
@@ -167,7 +205,11 @@ def _run_stage(
     before = _read_done(run.workdir, stage).get("measured", {})
     parts = dict.fromkeys(entry.parts(run.config), policies)
     done["measured"] = before | parts
-  distributed.on_process_zero(lambda: write_json(folder / "done.json", done))
+  distributed.on_process_zero(
+    lambda: write_json(
+      folder / "done.json", done | {"files": stage_outputs.hash_outputs(folder)}
+    )
+  )
 
 
 def _read_done(root: pathlib.Path, stage: str) -> dict[str, Any]:
@@ -212,9 +254,11 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> bool:
   """
   path = root / "config.json"
   now = json.loads(config.to_json_best_effort()) | {"stages": list_stages(config)}
-  before = read_json(path) if path.exists() else {}
+  before = stage_outputs.read_workdir_object(path, CONFIG_REMEDY)
   hashes = data_files.hash_data_files(config)
-  stored = read_json(root / data_files.HASH_FILE, default={})
+  stored = stage_outputs.read_workdir_object(
+    root / data_files.HASH_FILE, "remove it if no file of the data has changed"
+  )
   known = [s for s in (*load_stages(), *list_stages(config)) if (root / s).exists()]
   begun = [get_stage(stage) for stage in known] if before else []
   fixed = {stage.section for stage in begun}

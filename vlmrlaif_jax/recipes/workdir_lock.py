@@ -25,7 +25,7 @@ HEARTBEAT_S = 10.0  # Seconds between two heartbeats.
 ABANDONED_S = (
   60.0  # Seconds without a heartbeat after which a lock counts as abandoned.
 )
-SETTLE_S = 1.0  # Seconds after which concurrent takeovers without flock are visible.
+SETTLE_S = 1.0  # Seconds after which what another process writes is visible.
 FILE_BYTES = 512  # Fixed, so that renewing a lock never leaves parts of the old text.
 
 
@@ -125,12 +125,20 @@ def _open_locked(path: pathlib.Path, *, has_flock: bool) -> tuple[int, bool]:
       is_flocked = has_flock and _flock(file)
     except BlockingIOError:
       os.close(file)
-      raise _make_refusal(path, read_holder(path)) from None
+      raise _make_refusal(path, _await_holder(path)) from None
     # The previous holder may have removed the file since it was opened.
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(file), path.stat()):
         return file, is_flocked
     os.close(file)
+
+
+def _await_holder(path: pathlib.Path) -> Holder | None:
+  """Returns the holder, which may just have locked the file and not written in it."""
+  deadline = time.monotonic() + SETTLE_S
+  while (holder := read_holder(path)) is None and time.monotonic() < deadline:
+    time.sleep(0.05)
+  return holder
 
 
 def _flock(file: int) -> bool:
@@ -221,7 +229,7 @@ def _renew(
 ) -> None:
   """Renews the heartbeat until the run ends or another run has the lock."""
   while not ended.wait(every_s):
-    if not _has_token(path, own):
+    if _is_lost(path, own):
       return
     # A full disk or a short failure of a network must not end the run here.
     with contextlib.suppress(OSError):
@@ -237,9 +245,27 @@ def _has_token(path: pathlib.Path, own: Holder) -> bool:
   return holder is not None and holder.token == own.token
 
 
+def _is_lost(path: pathlib.Path, own: Holder) -> bool:
+  """Returns whether the lock file is missing or has another holder.
+
+  A file that cannot be read for the moment, as during a failure of a network, is not
+  lost.
+  """
+  holder = read_holder(path)
+  if holder is not None:
+    return holder.token != own.token
+  try:
+    path.stat()
+  except (FileNotFoundError, NotADirectoryError):
+    return True
+  except OSError:
+    pass
+  return False
+
+
 def _check_own(path: pathlib.Path, own: Holder) -> None:
-  """Raises LostLock if the lock file is missing or has another holder."""
-  if _has_token(path, own):
+  """Raises LostLock if the lock is lost."""
+  if not _is_lost(path, own):
     return
   holder = read_holder(path)
   if holder is None:

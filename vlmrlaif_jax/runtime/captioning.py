@@ -13,7 +13,14 @@ from typing import NamedTuple
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
+from vlmrlaif_jax.core.jsonl import (
+  JsonRow,
+  append_jsonl,
+  format_damage,
+  read_intact_rows,
+  seal_row,
+  write_records,
+)
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.processors.interface import Visual
 from vlmrlaif_jax.data.records import Example
@@ -133,18 +140,33 @@ def caption_videos(
   Raises:
     UserError: the prompt of a new caption is longer than label.caption_prompt_len.
   """
-  rows = distributed.on_process_zero(lambda: read_jsonl(path) if path.exists() else [])
+  rows = distributed.on_process_zero(lambda: _read_captions(path))
   known = {Clip(r["video"], r["start"], r["stop"]): r["caption"] for r in rows}
   new = check_clips(run, examples, which, known)
   # Without a layout of all videos, features are padded, so all clips have one shape.
   length = lambda clip: clip.stop - clip.start if run.processor.layout else 0
   for _, part in itertools.groupby(sorted(new, key=length), key=length):
     captions = _caption_clips(run, variables, {c: new[c] for c in part}, batch)
-    lines = [{**clip._asdict(), "caption": text} for clip, text in captions.items()]
+    lines = [
+      seal_row({**clip._asdict(), "caption": text}) for clip, text in captions.items()
+    ]
     distributed.on_process_zero(functools.partial(append_jsonl, path, lines))
     known |= captions
   join = lambda own: " ".join(filter(None, (known[clip].strip() for clip in own)))
   return [join(select_clips(run, each["video"], which)) for each in examples]
+
+
+def _read_captions(path: pathlib.Path) -> list[JsonRow]:
+  """Returns the intact rows of a file of captions, and removes the damaged ones."""
+  if not path.exists():
+    return []
+  rows, damaged = read_intact_rows(path)
+  complete = [row for row in rows if {*Clip._fields, "caption"} <= row.keys()]
+  if damaged or len(complete) < len(rows):
+    why = format_damage(path, damaged or {1: "a key is missing"})
+    distributed.print_once(f"{why}: captioning its clip again")
+    write_records(path, map(seal_row, complete))
+  return complete
 
 
 def _caption_clips(

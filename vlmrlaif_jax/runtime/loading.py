@@ -162,7 +162,7 @@ def create_run_of_models(
     template=template,
     stops=stops,
     splits=pipeline.Splits(),
-    features=features.FeatureStore({}, {}, {}, {}),
+    features=features.FeatureStore({}, {}, {}, {}, verified=set()),
     processor=processor,
     arrays=arrays,
   )

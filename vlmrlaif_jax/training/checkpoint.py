@@ -11,13 +11,45 @@ Saving waits until the files are complete, so that a step that was reported as s
 survives a kill. The wait is short, because only trained parameters are saved.
 """
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
 from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params, TrainState
+
+# Errors of the machine, after which the files of a checkpoint may be intact.
+MACHINE_ERRORS = (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)
+
+MAX_CAUSE = 160  # Characters of an error of Orbax, which may fill pages.
+
+
+class OtherArrays(ValueError):
+  """An error about a checkpoint of a model with other arrays."""
+
+
+class DamagedCheckpoint(UserError):
+  """An error about a checkpoint whose files are damaged.
+
+  Args:
+    folder: Folder of the checkpoint, PATH/STEP.
+    reason: The error of Orbax.
+  """
+
+  def __init__(self, folder: str, reason: str):
+    self.folder = folder
+    super().__init__(
+      f"the checkpoint {folder} is damaged ({reason}): restore it from a copy. Or "
+      "remove it and the done.json of its stage; the same command then trains the "
+      "stage again from an earlier checkpoint, or from the start"
+    )
 
 
 def save_train_state(path: str, state: TrainState, step: int, *, keep: int) -> None:
@@ -69,6 +101,7 @@ def restore_checkpoint(
   Raises:
     FileNotFoundError: There is no such checkpoint.
     ValueError: The saved arrays differ from those of `like`.
+    DamagedCheckpoint: Files of the checkpoint are damaged or missing.
   """
   items = _restore_items(path, _split_items(like), step)
   return TrainState(**items["optimizer"], params=items["params"])
@@ -118,9 +151,12 @@ def _restore_items(
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
   )
-  with _open_manager(
-    directory, {name: ocp.PyTreeCheckpointHandler() for name in like}
-  ) as manager:
+  with (
+    _detect_damage(f"{directory}/{step}"),
+    _open_manager(
+      directory, {name: ocp.PyTreeCheckpointHandler() for name in like}
+    ) as manager,
+  ):
     metadata = manager.item_metadata(step)
     saved = {name: metadata[name].tree for name in like}
     roles = like["params"].keys() & saved["params"].keys()
@@ -136,6 +172,21 @@ def _restore_items(
     }
     restored = manager.restore(step, args=ocp.args.Composite(**args))
   return {name: restored[name] for name in like}
+
+
+@contextlib.contextmanager
+def _detect_damage(folder: str) -> Iterator[None]:
+  """Turns errors of Orbax about unreadable files into DamagedCheckpoint."""
+  try:
+    yield
+  except OtherArrays:
+    raise
+  except Exception as error:
+    text = str(error)
+    if any(os.strerror(number) in text for number in MACHINE_ERRORS):
+      raise
+    reason = next(iter(text.splitlines()), type(error).__name__)[:MAX_CAUSE]
+    raise DamagedCheckpoint(folder, reason) from error
 
 
 def _open_manager(
@@ -161,7 +212,7 @@ def _check_same_arrays(saved: PyTree, like: PyTree, *, where: str) -> None:
     if saved.get(name) != like.get(name)
   ]
   if wrong:
-    raise ValueError(
+    raise OtherArrays(
       f"{where} holds other arrays than the model now has; restore it with the "
       "config that it was saved with:\n" + "\n".join(wrong)
     )

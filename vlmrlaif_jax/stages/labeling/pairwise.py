@@ -45,6 +45,8 @@ from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.labeling.preference_rows import (
   is_agreeing_with_truth,
   make_preference,
+  read_block,
+  write_block,
 )
 from vlmrlaif_jax.stages.stage import Stage
 
@@ -132,13 +134,16 @@ def run_label_stage(
   ):
     examples = prompts[block.start : block.stop]
     path = folder / "blocks" / f"block_{number:05d}.jsonl"
-    if not distributed.on_process_zero(path.exists):
+    read = functools.partial(read_block, path, examples)
+    known = distributed.on_process_zero(read)
+    if known is None:
       run.watch.check(f"label: {number} of {count_label_blocks(run)} blocks are saved")
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
         new = label_block(run, variables, examples, captions, phases, server)
-      distributed.on_process_zero(functools.partial(jsonl.write_records, path, new))
-    rows += distributed.on_process_zero(functools.partial(_read_block, path, examples))
+      distributed.on_process_zero(functools.partial(write_block, path, new))
+      known = distributed.on_process_zero(read)
+    rows += known
     _log_rates(log, number + 1, rows, phases.take_seconds())
   videos = run.workdir / "world" / "videos"
   pairs = [
@@ -160,16 +165,6 @@ def write_preferences(
     lambda: jsonl.write_records(folder / "preferences.jsonl", pairs)
   )
   distributed.on_process_zero(lambda: write_json(folder / "rates.json", summary))
-
-
-def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[JsonRow]:
-  rows = jsonl.read_jsonl(path)
-  if [row["id"] for row in rows] != [example["id"] for example in examples]:
-    raise UserError(
-      f"{path} holds other prompts than this run has: remove {path.parent}, or restore "
-      "the previous --config.label.block, --config.seed and data"
-    )
-  return rows
 
 
 # One block.

@@ -1,14 +1,22 @@
-"""Rows of preferences.jsonl, which training stages and reports read."""
+"""Rows of labels: the blocks of the stage `label`, and preferences.jsonl."""
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vlmrlaif_jax.core import distributed, jsonl
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.templates import MEDIA_MARK, show_media
 from vlmrlaif_jax.data.video import MediaList, VideoPath
+
+BLOCK_SIZE = "block_size"  # Key of the number of rows in a block.
+# Keys of a row of a block that the results and later stages read.
+BLOCK_KEYS = frozenset(
+  ("id", "outcome", "preference", "outputs", "verdicts", "choices", "mistakes")
+)
 
 
 def make_preference(
@@ -79,3 +87,32 @@ def is_agreeing_with_truth(row: Mapping[str, Any]) -> bool | None:
   if row["preference"] is None or first is None or first == second:
     return None
   return (first < second) == (row["preference"] == 1)
+
+
+def write_block(path: pathlib.Path, rows: Sequence[JsonRow]) -> None:
+  """Writes the rows of a block with checksums and their number."""
+  sealed = [jsonl.seal_row({**row, BLOCK_SIZE: len(rows)}) for row in rows]
+  jsonl.write_records(path, sealed)
+
+
+def read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[JsonRow] | None:
+  """Returns the rows of a block; None if its file is missing or damaged.
+
+  Raises:
+    UserError: The block is intact and has other prompts.
+  """
+  if not path.exists():
+    return None
+  rows, damaged = jsonl.read_intact_rows(path)
+  is_cut = not rows or any(row.get(BLOCK_SIZE, len(rows)) != len(rows) for row in rows)
+  if damaged or is_cut or not all(row.keys() >= BLOCK_KEYS for row in rows):
+    why = damaged or {len(rows) + 1: "rows or keys are missing"}
+    line = jsonl.format_damage(path, why)
+    distributed.print_once(f"{line}: labeling the block again")
+    return None
+  if [row["id"] for row in rows] != [example["id"] for example in examples]:
+    raise UserError(
+      f"{path} holds other prompts than this run has: remove {path.parent}, or restore "
+      "the previous --config.label.block, --config.seed and data"
+    )
+  return rows
