@@ -13,7 +13,7 @@ from vlmrlaif_jax.core.errors import EXIT_USER_ERROR
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
-STAGES = ("sft_short", "rm", "ppo")
+STAGES = ("sft_short", "sft_long", "rm", "ppo")
 LIMIT_S = 900
 
 
@@ -62,7 +62,6 @@ def make_dangling_link(folder):
     (make_dangling_link, "run", "a file or a dangling link is where a folder must be"),
     (make_file, "run/below", "a file is where a folder must be"),
     (lambda folder: None, "x" * 300, "the path is too long"),
-    (lambda folder: None, "/proc/nowhere", "/proc/nowhere"),
     (lambda folder: None, "lr[1e-3]", "use a path without"),
   ],
 )

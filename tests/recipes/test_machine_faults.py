@@ -105,3 +105,11 @@ def test_metrics_without_space_end_the_stage_with_their_path(tmp_path):
       log.log_metrics(1, {"loss": 1.0})
   line, code = describe_failure(failed.value, tmp_path)
   assert code == EXIT_RESUMABLE and str(tmp_path / "metrics.jsonl") in line
+
+
+def test_a_path_that_is_too_long_is_named(tmp_path):
+  root = tmp_path / ("x" * 300)
+  with pytest.raises(OSError, match="too long") as failed:
+    root.mkdir()
+  line, code = describe_failure(failed.value, root)
+  assert str(root) in line and code == EXIT_USER_ERROR

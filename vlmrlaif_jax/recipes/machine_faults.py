@@ -119,7 +119,7 @@ def _format_fault(fault: Fault, path: str, root: pathlib.Path) -> tuple[str, int
   place = (
     path if is_inside else f"{path} (the workdir is {root})" if path else str(root)
   )
-  saved = f" {INTACT}." if root.is_dir() else ""
+  saved = f" {INTACT}." if os.path.isdir(root) else ""
   return f"{fault.name}: {place}.{saved} {fault.remedy}.", fault.code
 
 
