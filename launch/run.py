@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
   from vlmrlaif_jax.recipes import machine_faults, runner
 
   threading.excepthook = print_thread_failure
+  # Orbax logs the traceback of a full disk in a thread, and then raises the error.
+  logging.get_absl_logger().addFilter(machine_faults.is_no_fault)
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:

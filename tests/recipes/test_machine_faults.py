@@ -1,6 +1,7 @@
 """Errors of the machine: the line that a user sees, and the exit code."""
 
 import errno
+import logging
 import os
 import pathlib
 
@@ -14,6 +15,7 @@ from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.recipes.machine_faults import (
   describe_failure,
   describe_thread_failure,
+  is_no_fault,
 )
 
 FULL = pathlib.Path("/dev/full")  # Every write fails for lack of space.
@@ -113,3 +115,12 @@ def test_a_path_that_is_too_long_is_named(tmp_path):
     root.mkdir()
   line, code = describe_failure(failed.value, root)
   assert str(root) in line and code == EXIT_USER_ERROR
+
+
+def test_logs_of_a_fault_are_left_out_and_others_stay():
+  def record(error):
+    info = error and (type(error), error, None)
+    return logging.LogRecord("absl", logging.ERROR, "", 1, "failed", (), info)
+
+  assert not is_no_fault(record(OSError(errno.ENOSPC, "No space left on device")))
+  assert is_no_fault(record(ValueError("shapes differ"))) and is_no_fault(record(None))

@@ -4,6 +4,7 @@
 """
 
 import errno
+import logging
 import os
 import pathlib
 import re
@@ -112,6 +113,12 @@ def describe_thread_failure(error: BaseException) -> str | None:
     if number is None
     else f"warning: {MACHINE_FAULTS[number].name}: {path or error}"
   )
+
+
+def is_no_fault(record: logging.LogRecord) -> bool:
+  """Returns False for a log record with the traceback of a fault of the machine."""
+  error = record.exc_info and record.exc_info[1]
+  return not error or all(_find_fault(x)[0] is None for x in _iterate_causes(error))
 
 
 def _format_fault(fault: Fault, path: str, root: pathlib.Path) -> tuple[str, int]:
