@@ -83,9 +83,8 @@ class FeatureStore(NamedTuple):
   # numbers; or 0.
   length: int = 0
   arrange: Arrange = lambda features, visual: features  # Processor.arrange.
-  verified: set[str] | None = (
-    None  # Videos whose checksum was compared; None: no check.
-  )
+  # Videos whose checksum was compared; None compares none.
+  verified: set[str] | None = None
 
   def has(self, media: Media) -> bool:
     """Returns whether all videos have features."""
@@ -375,10 +374,7 @@ def _process(
 
 
 def _remove_stale(folder: pathlib.Path) -> None:
-  """Creates the folder and removes unfinished files of killed processes.
-
-  The user may have other files in it.
-  """
+  """Creates the folder and removes unfinished files of killed processes alone."""
   folder.mkdir(parents=True, exist_ok=True)
   for file in filter(lambda file: UNFINISHED.fullmatch(file.name), folder.iterdir()):
     with contextlib.suppress(FileNotFoundError):  # Another run may remove it first.
