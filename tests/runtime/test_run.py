@@ -39,9 +39,8 @@ def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
   path = tmp_path / "preferences.jsonl"
   rows = [{**first, "id": str(i), "video": str(others[i % 2])} for i in range(20)]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  made = small.config(
-    {**tiny_settings, f"{section}.preferences": str(path)}, ("sft_short", section)
-  )
+  given = {f"{section}.preferences": str(path), "data.allow_outside": True}
+  made = small.config({**tiny_settings, **given}, ("sft_short", section))
   store = loading.create_run(made, tmp_path, note=quiet).features
   assert all(store.has(str(other)) for other in others)
 

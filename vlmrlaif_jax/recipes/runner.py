@@ -68,6 +68,7 @@ def run_recipe(
   root = pathlib.Path(workdir).absolute()
   validation.check_workdir_path(root)
   distributed.check_same_config(config.to_json_best_effort())
+  validation.check_recipe(config)
   with contextlib.ExitStack() as stack:
     check_lock = lock_workdir(root, stack)
 
@@ -112,7 +113,6 @@ def _run_stages(
       f"{jax.local_device_count()} of them on this process"
     )
   stages = list_stages(config)
-  validation.check_recipe(config)
   is_begun = distributed.on_process_zero(lambda: check_workdir(config, root))
   compilation_cache.use_private_cache()
   distributed.on_process_zero(

@@ -231,6 +231,8 @@ def test_reference_logps_are_kept_for_the_same_weights_and_pairs_alone(done, tmp
 
 def mark_rows(path, value):
   head, *rows = jsonl.read_jsonl(path)
+  for row in rows:
+    del row[jsonl.CHECKSUM]
   marked = [{**row, "logps": [value, value]} for row in rows]
   jsonl.write_records(path, [head, *marked])
 
