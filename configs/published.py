@@ -89,7 +89,7 @@ DERIVED = {
     {
       "data": dict(prompt_len=128),
       "sft": dict(pack_len=512),
-      "label": dict(caption_prompt_len=72, context="none"),
+      "label": dict(caption_prompt_len=72),
       "evaluate": dict(prompt_len=232, judge_prompt_len=848),
     },
   ),
