@@ -4,11 +4,20 @@ Nothing here imports JAX, so that programs can use it before they choose a backe
 """
 
 import contextlib
+import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+def hash_file(path: Path) -> str:
+  """Returns the hexadecimal SHA-256 of a file's content, "" without a file."""
+  if not path.is_file():
+    return ""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.files import read_json, write_json
+from vlmrlaif_jax.core.files import hash_file, read_json, write_json
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.feedback.terms import functions
 from vlmrlaif_jax.runtime.run import Run
@@ -75,9 +75,7 @@ def _hash_content(path: pathlib.Path) -> str:
   digest = hashlib.sha256()
   for file in filter(pathlib.Path.is_file, files):
     name = "" if file == path else str(file.relative_to(path))
-    with file.open("rb") as stream:
-      content = hashlib.file_digest(stream, "sha256").hexdigest()
-    digest.update(json.dumps([name, content]).encode())
+    digest.update(json.dumps([name, hash_file(file)]).encode())
   return digest.hexdigest()
 
 

@@ -4,13 +4,12 @@ done.json has the hash of each output that later stages read. A stage with a dam
 output runs again. It reads its own intact blocks and checkpoints, so that this is fast.
 """
 
-import hashlib
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.files import read_json, write_json
+from vlmrlaif_jax.core.files import hash_file, read_json, write_json
 
 # Files that a stage writes once, at its end.
 OUTPUTS = ("preferences.jsonl", "rates.json", "results.json", "answers.jsonl")
@@ -20,12 +19,7 @@ DAMAGED = ".damaged"  # Suffix of files that are set aside.
 def hash_outputs(folder: pathlib.Path) -> dict[str, str]:
   """Returns the SHA-256 of each output in a stage's folder, by name."""
   paths = (folder / name for name in OUTPUTS)
-  return {path.name: _hash_file(path) for path in paths if path.is_file()}
-
-
-def _hash_file(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  return {path.name: hash_file(path) for path in paths if path.is_file()}
 
 
 def set_damaged_aside(

@@ -1,13 +1,12 @@
 """Compares several runs on one page: their curves, results, labels and answers."""
 
 import functools
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmrlaif_jax.core.files import align_leaves, find_differences
+from vlmrlaif_jax.core.files import align_leaves, find_differences, hash_file
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import list_sample_files
 from vlmrlaif_jax.report import page
@@ -43,6 +42,8 @@ from vlmrlaif_jax.report.tables import (
 )
 
 MAX_RUNS = 6  # More curves in one chart would be hard to distinguish.
+
+_hash_video = functools.cache(hash_file)  # Many questions share a video.
 
 
 def write_comparison(
@@ -192,14 +193,8 @@ def collect_held_out(runs: dict[str, Workdir]) -> JsonRow:
 
 def make_prompt_key(run: Workdir, row: JsonRow, question: str) -> tuple[str, ...]:
   """Returns a key that is equal for the same question about the same video content."""
-  video = hash_file(run.root / "world/videos" / (row.get("video") or ""))
+  video = _hash_video(run.root / "world/videos" / (row.get("video") or ""))
   return row["id"], question, str(row.get("truth")), video
-
-
-@functools.cache
-def hash_file(path: Path) -> str:
-  """Returns a hash of a file, "" for a missing file."""
-  return hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def make_held_out_group(runs: dict[str, Workdir], rows: dict[str, JsonRow]) -> JsonRow:

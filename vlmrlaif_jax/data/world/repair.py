@@ -5,13 +5,12 @@ A video depends on the seed, its split and its index alone, so that a damaged on
 rendered again by itself.
 """
 
-import hashlib
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
 
 from vlmrlaif_jax.core import jsonl
-from vlmrlaif_jax.core.files import read_json, write_json
+from vlmrlaif_jax.core.files import hash_file, read_json, write_json
 from vlmrlaif_jax.data.world import builder
 
 HASHES = "hashes.json"
@@ -34,7 +33,7 @@ def load_world(
   """
   _build(folder, sizes, seed, note)
   hashes = _read_hashes(folder, note)
-  damaged = [name for name in hashes if _hash(folder / name) != hashes[name]]
+  damaged = [name for name in hashes if hash_file(folder / name) != hashes[name]]
   for name in damaged:
     note(f"world: {folder / name} is missing or damaged: writing it again")
     path = folder / name
@@ -48,7 +47,7 @@ def load_world(
     names = [f"{split}.jsonl" for split in sizes]
     videos = sorted((folder / "videos").glob("*/*.mp4"))
     names += [str(path.relative_to(folder)) for path in videos]
-    write_json(folder / HASHES, {name: _hash(folder / name) for name in names})
+    write_json(folder / HASHES, {name: hash_file(folder / name) for name in names})
 
 
 def _build(
@@ -109,11 +108,3 @@ def _read_hashes(folder: pathlib.Path, note: Callable[[str], None]) -> dict[str,
   except ValueError as error:
     note(f"world: {error}: its files are not checked")
     return {}
-
-
-def _hash(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a file, "" if it is missing."""
-  if not path.is_file():
-    return ""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
