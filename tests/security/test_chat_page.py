@@ -12,7 +12,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from tests.helpers.browser import browsing
-from vlmrlaif_jax.serving import chat_guard, chat_page
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.serving import chat_page
 from vlmrlaif_jax.serving.chat_clip import ClipLimits
 from vlmrlaif_jax.serving.chat_guard import MAX_BODY_BYTES, UPLOAD_PATH, ChatGuard
 from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession
@@ -85,7 +86,7 @@ def test_no_other_page_frames_it(client):
   [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)],
 )
 def test_a_public_host_is_noticed(host, expected):
-  assert chat_guard.is_loopback(host) is expected
+  assert distributed.is_loopback(host) is expected
 
 
 # The page itself.

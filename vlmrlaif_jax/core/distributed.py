@@ -13,6 +13,7 @@ the same order and from the main thread. A function that is passed to one of the
 in a single process. A collective call inside it raises, even in a run of one process.
 """
 
+import ipaddress
 import json
 import os
 import re
@@ -90,6 +91,18 @@ def connect_processes(
     ) from error
 
 
+def is_loopback(host: str) -> bool:
+  """Returns whether only this machine reaches an address or a host's name.
+
+  >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("10.0.0.1")
+  (True, True, False)
+  """
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == "localhost"
+
+
 def find_bind_address(coordinator: str | None) -> str | None:
   """Returns the one address at which process 0 listens, or None for all of its host.
 
@@ -110,7 +123,7 @@ def find_bind_address(coordinator: str | None) -> str | None:
       probe.bind((address, 0))
   except OSError:
     return None
-  is_hidden = address.startswith("127.") and host not in (address, "localhost")
+  is_hidden = is_loopback(address) and host not in (address, "localhost")
   return None if is_hidden or not host else f"{address}:{port}"
 
 

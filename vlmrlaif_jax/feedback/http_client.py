@@ -7,6 +7,8 @@ from typing import Any
 
 import openai
 
+from vlmrlaif_jax.core import distributed
+
 MAX_REPLY_BYTES = 64 << 20
 # A reply of 300 bytes may expand to gigabytes.
 UNCOMPRESSED = {"Accept-Encoding": "identity"}
@@ -84,6 +86,4 @@ def is_plain_remote(url: str) -> bool:
   (True, False)
   """
   parts = urllib.parse.urlsplit(url)
-  host = parts.hostname or ""
-  is_local = host in ("localhost", "::1") or host.startswith("127.")
-  return parts.scheme == "http" and not is_local
+  return parts.scheme == "http" and not distributed.is_loopback(parts.hostname or "")

@@ -112,11 +112,3 @@ class ChatGuard:
     except ValueError:
       return name in self.names
     return True
-
-
-def is_loopback(host: str) -> bool:
-  """Returns whether only this machine reaches an address to listen on."""
-  try:
-    return ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return host == "localhost"
