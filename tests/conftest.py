@@ -99,6 +99,15 @@ def tiny_world(tmp_path_factory):
   return small.write_world(tmp_path_factory.mktemp("shared") / "world")
 
 
+@pytest.fixture(scope="module")
+def http_server():
+  """A server of this machine that answers several requests concurrently."""
+  from pytest_httpserver import HTTPServer
+
+  with HTTPServer("127.0.0.1", threaded=True) as started:
+    yield started
+
+
 @pytest.fixture(scope="session")
 def tok():
   """A tokenizer of the embedded world, from few texts: the shipped one takes longer."""

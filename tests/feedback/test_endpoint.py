@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from pytest_httpserver import HTTPServer
 
 from tests.feedback.chat_server import (
   Chat,
@@ -29,12 +28,6 @@ from vlmrlaif_jax.feedback import endpoint, rankers
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 
 KEY = "sk-very-secret"
-
-
-@pytest.fixture(scope="module")
-def http_server():
-  with HTTPServer("127.0.0.1", threaded=True) as started:
-    yield started
 
 
 @pytest.fixture

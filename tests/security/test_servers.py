@@ -6,7 +6,6 @@ import socket
 import threading
 
 import pytest
-from pytest_httpserver import HTTPServer
 
 from tests.feedback.chat_server import Chat, completion, sends, status
 from tests.feedback.terms.samples import sample
@@ -17,12 +16,6 @@ from vlmrlaif_jax.feedback.server_failures import describe_error
 from vlmrlaif_jax.feedback.terms.servers import request_rewards
 
 KEY = "sk-very-secret"
-
-
-@pytest.fixture(scope="module")
-def http_server():
-  with HTTPServer("127.0.0.1", threaded=True) as started:
-    yield started
 
 
 @pytest.fixture
