@@ -158,3 +158,20 @@ def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
   scores, valid = score(asked, Sampled(tokens, tokens >= 0))
   np.testing.assert_array_equal(scores[3:], [-2, 0, -1])
   np.testing.assert_array_equal(valid, [False] * 3 + [True] * 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("scores", [[0, -1, -2, -3, -4], [0, 0, -2, -2, -4], [5, 5]])
+def test_noise_is_the_share_of_pairs_in_the_wrong_order(share, scores):
+  scores = np.array(scores, float)
+  rng = np.random.default_rng(0)
+  higher = scores[:, None] > scores[None]
+  wrong = []
+  for _ in range(400):
+    noisy = rankers.reorder_pairs(scores, share, rng)
+    assert noisy.max() == 0 and noisy.min() > -len(scores)
+    wrong.append(np.sum(higher & (noisy[:, None] < noisy[None])))
+    assert not np.any(higher & (noisy[:, None] == noisy[None]))  # No new ties.
+  pairs = higher.sum()
+  assert set(wrong) <= {int(share * pairs), int(share * pairs) + 1}
+  np.testing.assert_allclose(np.mean(wrong), share * pairs, atol=0.08)

@@ -59,7 +59,6 @@ def test_shipped_recipes_have_the_sections_that_their_stages_read(name, preset):
   [
     ("ppo", ALL, {}, "ppo"),
     ("label", ("eval",), {}, "eval"),
-    ("dpo", ("eval",), {"evaluate__held_out__best_of": (4,)}, "eval"),
     ("claims", ("dpo",), {"dpo__select": "claims"}, "dpo"),
     ("rm", ("grm",), {}, "grm"),
   ],

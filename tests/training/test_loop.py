@@ -105,6 +105,23 @@ def by_params(key, params, frozen, rows):
   return rows + params["x"] * jax.random.normal(key, rows.shape) + params["x"]
 
 
+def test_sampling_and_the_order_of_minibatches_share_no_key(tmp_path, monkeypatch):
+  sampling, orders, iterate = [], [], loop._iterate_minibatches
+
+  def sample(key, params, frozen, rows):
+    sampling.append(key)
+    return rows
+
+  def iterate_and_keep(experience, key, plan):
+    orders.append(key)
+    return iterate(experience, key, plan)
+
+  monkeypatch.setattr(loop, "_iterate_minibatches", iterate_and_keep)
+  run(tmp_path, collect=Collector(sample, as_it_is), minibatches=4)
+  data = [str(jax.random.key_data(key)) for key in [*sampling, *orders]]
+  assert len({*data}) == len(data) == 2 * STEPS
+
+
 OFF, TWO_OFF = {"max_staleness": 1}, {"max_staleness": 2}
 
 

@@ -175,27 +175,51 @@ def pairwise_ranker(ask: AskFn, prompts: Prompts) -> CompareFn:
 
 
 def noisy_ranker(rank: CompareFn, *, share: float, seed: int) -> CompareFn:
-  """Returns a ranker that shuffles the ranks of a share of the responses.
+  """Returns a ranker that orders a share of the pairs of each group wrongly.
 
   The noise depends on the seed, the question and the responses only.
 
   Args:
     rank: Ranker without noise.
-    share: Probability that a rank is shuffled within its group, from 0 to 1.
+    share: Share of the pairs with different ranks whose order is wrong, from 0 to 1.
+      With 0.5 the order is random, with 1 it is reversed.
     seed: Seed of the run.
   """
 
   def rank_with_noise(examples, responses):
     comparison = rank(examples, responses)
-    scores = comparison.scores.copy()
-    for row, example, texts in zip(scores, examples, responses, strict=True):
+    noisy = []
+    for row, example, texts in zip(comparison.scores, examples, responses, strict=True):
       digest = zlib.crc32("\0".join([example["id"], *texts]).encode())
-      rng = np.random.default_rng([seed, digest])
-      indices = np.flatnonzero(rng.random(len(row)) < share)
-      row[indices] = rng.permutation(row[indices])
-    return comparison._replace(scores=scores)
+      noisy.append(reorder_pairs(row, share, np.random.default_rng([seed, digest])))
+    return comparison._replace(scores=np.stack(noisy))
 
   return rank_with_noise
+
+
+def reorder_pairs(
+  scores: Float[np.ndarray, "group"], share: float, rng: np.random.Generator
+) -> Float[np.ndarray, "group"]:
+  """Returns ranks that order a share of the pairs unlike the scores.
+
+  Each swap of two neighbors in the order makes exactly one more pair wrong. A number
+  of pairs that is no integer is rounded up or down at random; its mean is exact.
+
+  Args:
+    scores: Scores; a higher one is better.
+    share: Share of the pairs with different scores, from 0 to 1.
+    rng: Source of random numbers.
+
+  Returns:
+    Minus the ranks. Neighbors in the order whose scores are equal share a rank.
+  """
+  order = np.argsort(-scores, kind="stable")
+  pairs = np.sum(scores[:, None] > scores[None])
+  for _ in range(int(share * pairs + rng.random())):
+    first = rng.choice(np.flatnonzero(scores[order[:-1]] > scores[order[1:]]))
+    order[[first, first + 1]] = order[[first + 1, first]]
+  places = np.cumsum(np.append(0, scores[order[:-1]] != scores[order[1:]]))
+  return -compute_ranks(-places[np.argsort(order)].astype(float)).astype(float)
 
 
 def make_score_fn(

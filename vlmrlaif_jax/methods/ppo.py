@@ -49,7 +49,9 @@ def default_config() -> ConfigDict:
       clip_eps=0.2,  # Maximum change of a token's probability ratio.
       tis_max=0.0,  # Maximum of truncated importance weights; 0 disables them.
       value_clip_eps=0.2,  # Maximum change of a value; inf disables clipping.
-      value_coef=0.1,  # Weight of the value loss.
+      # Weight of the value loss. The critic has parameters of its own, so under Adam it
+      # acts through the joint clipping of gradients only.
+      value_coef=0.1,
       reward_scale=1.0,  # Factor of rewards before GAE; 10 in VLM-RLAIF's code.
       whiten_rewards=False,  # Scale rewards to variance 1 around the same mean.
       whiten_advantages=True,  # Scale advantages to mean 0 and variance 1.

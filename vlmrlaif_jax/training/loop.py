@@ -88,13 +88,14 @@ def run_training(
     log.print_note(f"{log.stage}: compiling at the first step, from step {start}")
   phases = PhaseTimer()
   alarm_log = alarms.AlarmLog(job.alarms, log, last=start)
-  rollouts = _Rollouts(job, phases, key, range(start, plan.steps), samplers)
+  sample_key, order_key = jax.random.split(key)
+  rollouts = _Rollouts(job, phases, sample_key, range(start, plan.steps), samplers)
   for step in range(start, plan.steps):
     done = step + 1
     with watch.step(step):
       current = rollouts.take(step, state.params)
       with phases("update"):
-        key_of_step = jax.random.fold_in(key, step)
+        key_of_step = jax.random.fold_in(order_key, step)
         state, update_metrics = _run_updates(update, state, current, key_of_step, plan)
       hook_metrics = rollouts.run_hook(step, current)
       rollouts.finish_next()

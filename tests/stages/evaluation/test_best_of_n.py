@@ -36,9 +36,7 @@ def kept(one, models, path):
   requests = [
     JudgeQuery(e["id"], e["video"], e["question"]) for e in one.splits.prompts[:3]
   ]
-  return best_of_n.load_or_sample_candidates(
-    one, *models, requests, sampling(), path, beta=0.5
-  )
+  return best_of_n.load_or_sample_candidates(one, *models, requests, sampling(), path)
 
 
 def sampling():
@@ -46,7 +44,9 @@ def sampling():
 
 
 def test_rewards_are_those_of_each_text_alone(one, models, found):
-  mean, total = (np.array([row[by] for row in found]) for by in ("mean", "total"))
+  mean, total, logp, ref_logp = (
+    np.array([row[by] for row in found]) for by in ("mean", "total", "logp", "ref_logp")
+  )
   assert mean.shape == total.shape == (3, 3)
   for i, example in enumerate(one.splits.prompts[:3]):
     for j, (text, *_) in enumerate(found[i]["replies"]):
@@ -55,10 +55,14 @@ def test_rewards_are_those_of_each_text_alone(one, models, found):
       settings = dict(start=one.config.data.prompt_len, chunk=64, temperature=1.0)
       logps = [compute_response_logps(one.policy, v, batch, **settings)[0].sum()
                for v in models]  # fmt: skip
-      right = 0.5 * float(logps[0] - logps[1])
+      right = float(logps[0] - logps[1])
       np.testing.assert_allclose(total[i, j], right, rtol=2e-3, atol=2e-4)
       length = int(batch.loss_mask.sum())
       np.testing.assert_allclose(mean[i, j] * length, right, rtol=2e-3, atol=2e-3)
+      np.testing.assert_allclose(logp[i, j] * length, logps[0], rtol=2e-3, atol=2e-3)
+      np.testing.assert_allclose(
+        ref_logp[i, j] * length, logps[1], rtol=2e-3, atol=2e-3
+      )
 
 
 def candidates(rewards, ended=True):
@@ -137,6 +141,7 @@ def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
   [
     ({"best_of": (0,)}, "best_of"),
     ({"best_of": (2,), "bon_reward": ("median",)}, "bon_reward .*median"),
+    ({"best_of": (2,), "bon_top_p": 0.0}, "bon_temperature .*bon_top_p"),
   ],
 )
 def test_evaluation_refuses_what_has_no_meaning(one, settings, message):
@@ -146,7 +151,7 @@ def test_evaluation_refuses_what_has_no_meaning(one, settings, message):
     evaluate.check(config)
 
 
-def test_evaluation_needs_a_policy_of_dpo(one, tmp_path):
+def test_evaluation_needs_a_policy_after_sft(one, tmp_path):
   with (
     StageLog(tmp_path, "eval", 1) as log,
     pytest.raises(UserError, match="evaluate.held_out.best_of"),

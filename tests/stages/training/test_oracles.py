@@ -88,8 +88,8 @@ def test_a_judge_that_says_nothing_of_use_ends_the_run(one, tmp_path):
     score({"example_ids": np.array([0])}, batch_of(run, ["Red.", "Blue."]))
 
 
-def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
-  run = with_oracle(one, tmp_path / "noise", kind="truth", noise=1.0)
+def test_noise_reorders_pairs_and_keeps_the_ranks(one, tmp_path):
+  run = with_oracle(one, tmp_path / "noise", kind="truth", noise=0.5)
   example = next(e for e in run.splits.prompts if e["truth"]["kind"] == "description")
   right = example["truth"]["answer"]
   texts = [right, f"{right} Nonsense.", f"{right} Non. Sense.", f"{right} A. B. C."]
@@ -107,6 +107,7 @@ def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
     ({"judge": "nobody"}, "oracle.judge must be one of .* not 'nobody'"),
     ({"grm_stage": "rm"}, "oracle.grm_stage must be one of .* not 'rm'"),
     ({"kind": "grm", "noise": 0.1}, "oracle.noise=0.1"),
+    ({"kind": "truth", "noise": 1.5}, "oracle.noise must be at most 1, not 1.5"),
     ({"kind": "reward", "noise": 0.1}, "oracle.noise=0.1"),
   ],
 )

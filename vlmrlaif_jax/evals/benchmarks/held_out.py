@@ -40,12 +40,15 @@ SOURCE = protocol.Source(
 )
 SETTINGS = {
   "judge": True,  # Compares the answers of two policies by a judge.
-  # Numbers of answers to sample, such as (4, 16), for best-of-n with the last DPO
-  # policy.
+  # Numbers of answers to sample, such as (4, 16), for best-of-n with the last policy.
   "best_of": (),
-  # Best-of-n rewards: "mean" per token, "total" per answer, or the section "reward".
+  # Rewards that select among the same answers: "mean", "total", "logp" or "ref_logp"
+  # (see best_of_n.py), or "reward" for those of the section `reward`.
   "bon_reward": ("mean",),
-  "bon_temperature": 1.0,  # Sampling temperature of best-of-n.
+  # Sampling of best-of-n. A reward is less reliable for answers that the reference
+  # hardly ever gives.
+  "bon_temperature": 0.7,
+  "bon_top_p": 0.9,
 }
 
 
@@ -55,7 +58,12 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: A setting has a wrong value.
   """
-  check_choices(config, {"bon_reward": ("mean", "total", "reward")})
+  check_choices(config, {"bon_reward": ("mean", "total", "logp", "ref_logp", "reward")})
+  if not (config.bon_temperature > 0 and 0 < config.bon_top_p <= 1):
+    raise ValueError(
+      "bon_temperature must be above 0 and bon_top_p from 0 to 1, not "
+      f"{config.bon_temperature} and {config.bon_top_p}"
+    )
   if not all(isinstance(count, int) and count > 0 for count in config.best_of):
     raise ValueError(f"best_of must contain integers above 0, got {config.best_of}")
 

@@ -1,12 +1,15 @@
-"""Selects the best of n answers by DPO's implicit reward (RLAIF-V, 2405.17220, 2.4).
+"""Selects the best of n answers by what the policy itself computes; no judge is needed.
 
-  r(y) = beta / T * (log p(y | x) - log p_ref(y | x)),   T: tokens of y
-
-The factor 1 / T removes a preference for short answers. No judge is needed.
+With T tokens of an answer y, and the policy p_ref before RL:
+  mean      (log p(y | x) - log p_ref(y | x)) / T: RLAIF-V (2405.17220, 2.4), DPO's
+            implicit reward without its coefficient, which changes no order.
+  total     log p(y | x) - log p_ref(y | x), which prefers short answers.
+  logp      log p(y | x) / T
+  ref_logp  log p_ref(y | x) / T
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,6 +21,22 @@ from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.run import Run
 
+# Rewards of answers from log p, log p_ref and the number of tokens.
+SELF_REWARDS: dict[str, Callable[..., np.ndarray]] = {
+  "mean": lambda logps, ref, lengths: compute_self_rewards(
+    logps, ref, lengths, beta=1.0
+  ),
+  "total": lambda logps, ref, lengths: compute_self_rewards(
+    logps, ref, np.minimum(lengths, 1), beta=1.0
+  ),
+  "logp": lambda logps, ref, lengths: compute_self_rewards(
+    logps, np.zeros_like(ref), lengths, beta=1.0
+  ),
+  "ref_logp": lambda logps, ref, lengths: compute_self_rewards(
+    ref, np.zeros_like(ref), lengths, beta=1.0
+  ),
+}
+
 
 def load_or_sample_candidates(
   run: Run,
@@ -26,33 +45,31 @@ def load_or_sample_candidates(
   queries: Sequence[JudgeQuery],
   sampling: answering.SamplingSettings,
   path: pathlib.Path,
-  *,
-  beta: float,
 ) -> list[JsonRow]:
   """Samples answers to each question and computes their rewards, or reads them.
 
   Args:
     run: The run.
-    variables: Variables of run.policy, trained by DPO.
-    reference: Variables of run.policy at the start of DPO.
+    variables: Variables of run.policy after RL.
+    reference: Variables of run.policy before RL.
     queries: Questions.
     sampling: Sampling settings, with the number of answers.
     path: File that caches the result for these weights and settings.
-    beta: Coefficient of DPO.
 
   Returns:
-    A row for each question: its "replies" and their rewards, as the "mean" per token
-    and as the "total", DPO's own reward.
+    A row for each question: its "replies", and their rewards by the name of each of
+    SELF_REWARDS.
   """
   queries = [query._replace(id=f"best:{query.id}") for query in queries]
-  score_replies = _make_reply_scorer(run, variables, reference, beta)
+  score_replies = _make_reply_scorer(run, variables, reference)
 
   def make_rows(block: range) -> list[JsonRow]:
     part = [queries[i] for i in block]
     replies = answering.Answerer(run, variables, sampling).generate_replies(part)
-    mean, total = score_replies(part, replies)
+    rewards = score_replies(part, replies)
     return [
-      {"id": q.id, "replies": samples, "mean": mean[i], "total": total[i]}
+      {"id": q.id, "replies": samples}
+      | {name: values[i].tolist() for name, values in rewards.items()}
       for i, (q, samples) in enumerate(zip(part, replies, strict=True))
     ]
 
@@ -66,7 +83,7 @@ def load_or_sample_candidates(
     fingerprint=resumable.compute_fingerprint(
       both,
       sampling.cache_key(),
-      beta,
+      [*SELF_REWARDS],
       run.config.seed,
       run.template,
       run.stops,
@@ -75,8 +92,8 @@ def load_or_sample_candidates(
   )
 
 
-def _make_reply_scorer(run: Run, variables: Params, reference: Params, beta: float):
-  """Returns a function from queries and replies to (mean, total) rewards by query."""
+def _make_reply_scorer(run: Run, variables: Params, reference: Params):
+  """Returns a function from queries and replies to the rewards by name."""
   logps_fn = scoring.make_answer_logps(
     run.policy, run.config.data.prompt_len, run.stops
   )
@@ -87,7 +104,7 @@ def _make_reply_scorer(run: Run, variables: Params, reference: Params, beta: flo
 
   def score_replies(
     queries: Sequence[JudgeQuery], replies: Sequence[Sequence[answering.VideoReply]]
-  ) -> list[list[list[float]]]:
+  ) -> dict[str, np.ndarray]:
     flat = [
       (q, x.text) for q, samples in zip(queries, replies, strict=True) for x in samples
     ]
@@ -96,11 +113,8 @@ def _make_reply_scorer(run: Run, variables: Params, reference: Params, beta: flo
     scores = scoring.score_in_batches(
       run, score, examples, texts, scoring.SCORING_BATCH
     )
-    logps, ref_logps, lengths = (each.reshape(len(queries), -1) for each in scores)
-    return [
-      compute_self_rewards(logps, ref_logps, count, beta=beta).tolist()
-      for count in (lengths, np.minimum(lengths, 1))
-    ]
+    scores = [each.reshape(len(queries), -1) for each in scores]
+    return {name: reward(*scores) for name, reward in SELF_REWARDS.items()}
 
   return score_replies
 
@@ -114,7 +128,7 @@ def choose_best(
 
   Args:
     rows: Output of load_or_sample_candidates.
-    by: "mean" or "total".
+    by: Name of a reward in the rows.
     count: Number of answers to choose from.
   """
   replies = [[answering.VideoReply(*reply) for reply in row["replies"]] for row in rows]

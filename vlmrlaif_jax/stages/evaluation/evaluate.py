@@ -165,8 +165,7 @@ def list_read_sections(config: ConfigDict) -> tuple[str, ...]:
     return ()
   with user_errors(f"evaluate.{HELD_OUT}"):
     load_benchmarks()[HELD_OUT].check(section.held_out)
-  label = ("label",) if section.held_out.judge else ()  # Settings of the judge.
-  return (*label, "dpo") if section.held_out.best_of else label  # DPO's beta.
+  return ("label",) if section.held_out.judge else ()  # Settings of the judge.
 
 
 # Measurement.

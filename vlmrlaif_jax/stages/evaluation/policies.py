@@ -30,7 +30,7 @@ from vlmrlaif_jax.feedback.pairwise_judge import (
   JudgeQuery,
   PairOutcome,
 )
-from vlmrlaif_jax.runtime import answering, role_params, video
+from vlmrlaif_jax.runtime import answering, video
 from vlmrlaif_jax.runtime.rewarding import TextScorer
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import best_of_n, option_logps
@@ -162,10 +162,11 @@ class Policy:
       reference,
       queries,
       sampling._replace(
-        temperature=config.bon_temperature, top_p=1.0, samples=max(config.best_of)
+        temperature=config.bon_temperature,
+        top_p=config.bon_top_p,
+        samples=max(config.best_of),
       ),
       file,
-      beta=run.config.dpo.beta,
     )
     if by == "reward":
       candidates = self._add_rewards(candidates)
@@ -234,7 +235,7 @@ def make_benchmark_policies(
   folder: pathlib.Path,
   counts: Sequence,
 ) -> dict[str, Policy]:
-  """Returns each policy, and a best-of-n policy of the last DPO stage for each n.
+  """Returns each policy, and a best-of-n policy of the last one for each n.
 
   Args:
     encoded: The run.
@@ -243,7 +244,7 @@ def make_benchmark_policies(
     counts: Values of n.
 
   Raises:
-    UserError: `counts` is not empty, but there is no policy of DPO.
+    UserError: `counts` is not empty, but no stage has trained a policy after SFT.
   """
   answering_policies = {
     name: Policy(encoded, variables, folder / name)
@@ -256,13 +257,12 @@ def make_benchmark_policies(
       "evaluate.held_out.bon_reward='reward' needs the section reward or a trained "
       "reward model: add config.reward, or set bon_reward=('mean',)"
     )
-  trained = [name for name in policies if role_params.is_dpo_stage(name)]
-  if not trained:
+  *_, last = policies
+  if last == "sft":
     raise UserError(
-      "evaluate.held_out.best_of needs a policy that DPO has trained: set "
-      "--config.evaluate.held_out.best_of=() or run a stage dpo"
+      "evaluate.held_out.best_of needs a policy that RL or DPO has trained: set "
+      "--config.evaluate.held_out.best_of=(), or run such a stage"
     )
-  last = trained[-1]
   file = folder / f"best_of_{last}.jsonl"
   for count in counts:
     for by in encoded.run.config.evaluate.held_out.bon_reward:

@@ -94,7 +94,7 @@ def default_config() -> ConfigDict:
       prompt_len=256,  # Tokens of a prompt of the judge "self".
       max_new=12,  # Tokens of a reply of the judge "self".
       batch=64,  # Queries per batch.
-      noise=0.0,  # Share of responses with shuffled ranks, for studies; 0 disables.
+      noise=0.0,  # Share of pairs that are ranked in the wrong order, for studies.
       # Stage of the judge "grm": "grm", "grm_sft" or "sft" (untrained).
       grm_stage="grm",
       both_orders=True,  # Whether "grm" judges each pair in both orders.
@@ -112,6 +112,9 @@ def check(config: ConfigDict) -> None:
   with subsection("oracle"):
     check_choices(config, ORACLE_CHOICES)
     check_at_least(config, {"batch": 1, "prompt_len": 1, "max_new": 1})
+    check_at_least(config, {"noise": 0})
+    if config.noise > 1:
+      raise ValueError(f"noise must be at most 1, not {config.noise}")
     if config.kind in SCORE_KINDS and config.noise:
       raise ValueError(
         f"noise={config.noise} applies to ranks only, but oracle.kind={config.kind} "
