@@ -85,7 +85,7 @@ DERIVED = {
   "tiny_qwen3vl": Derived(
     "tiny",
     88,
-    dict(path="builtin:tiny_qwen3vl", template="chat_template", prompts="brief_qwen"),
+    dict(path="builtin:tiny_qwen3vl", template="chat_template"),
     {
       "data": dict(prompt_len=128),
       "sft": dict(pack_len=512),

@@ -108,6 +108,7 @@ def test_preset_has_room_for_the_longer_prompts(tokenizer, loaded):
 def test_reward_prompt_is_the_turn_that_pretraining_taught(tokenizer):
   turns = [("Is there a ring?", "Yes."), (prompts.BRIEF_PROMPTS.check, None)]
   whole = tokenization.encode_conversation(tokenizer, TEMPLATE, turns).ids
-  reward = tokenization.encode_suffix(tokenizer, prompts.BRIEF_QWEN_PROMPTS.reward)
+  asked = prompts.BRIEF_PROMPTS.reward
+  reward = tokenization.encode_follow_up(tokenizer, TEMPLATE, asked, "")
   _, end_of_answer, _ = np.flatnonzero(np.array(whole) == tokenizer.eos_token_id)
   assert whole[end_of_answer + 1 :] == reward

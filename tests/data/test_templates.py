@@ -262,6 +262,24 @@ def test_end_that_is_no_special_token_is_an_error_that_names_it(known, of, name)
     tokenization.find_eos_id(known[of], template)
 
 
+@pytest.mark.parametrize("of, name", [
+  ("llama", "vicuna_v1"), ("llama", "chat_template"), ("tiny", "brief"),
+  ("qwen", "qwen"), ("qwen", "chat_template"),
+])  # fmt: skip
+@pytest.mark.parametrize("reply", ["", "The score of it is"])
+def test_a_follow_up_is_the_next_turn_in_the_template_of_the_model(
+  known, of, name, reply
+):
+  template = tokenization.get_template(name)
+  found = tokenization.encode_follow_up(known[of], template, "Right?", reply)
+  whole = ours(known[of], name, [("What?", "A."), ("Right?", reply or None)]).ids
+  answered = ours(known[of], name, [("What?", "A.")]).ids
+  rest = whole[len(answered) :]
+  assert found == rest[: len(found)]
+  # Only the end of the reply is left, if there is one.
+  assert len(rest) - len(found) == bool(reply)
+
+
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_suffix_is_what_a_further_turn_would_be(known, of):
   name = "qwen" if of == "qwen" else "brief"

@@ -56,7 +56,7 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   one, examples, ppo_rows
 ):
   variables = role_params.load_reward_model(one)
-  suffix = tuple(tokenization.encode_suffix(one.tokenizer, one.prompts.reward))
+  suffix = scoring.encode_reward_prompt(one)
   score = rewards.make_model_score(one.reward_model, suffix)
   in_ppo, _ = jax.jit(score)({"reward": variables}, jax.tree.map(jnp.asarray, ppo_rows))
   pairs = [

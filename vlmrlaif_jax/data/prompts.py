@@ -14,7 +14,10 @@ class Prompts(NamedTuple):
   caption: str  # Prompt for every clip, whose captions form the narrative.
   judge: str  # Fields: {context}, {question}, {a}, {b}.
   context: str  # Field: {narrative}. Replaces {context} if there is a narrative.
-  reward: str  # Follows the end of an answer; its last token carries the reward.
+  # A further question, which follows an answer in the template of the model, and the
+  # start of the reply, whose last token carries the reward.
+  reward: str
+  reward_reply: str
   check: str  # Follow-up question whether the answer is right.
 
 
@@ -25,8 +28,9 @@ BRIEF_PROMPTS = Prompts(
     "{context} Question: {question} Output A: {a} Output B: {b} Which is better?"
   ),
   context=" Context: {narrative}",
-  # Equal to the text of `check`, on which the small model is trained.
-  reward="USER: Is your last answer right? ASSISTANT:",
+  # Equal to `check`, on which the small models are trained.
+  reward="Is your last answer right?",
+  reward_reply="",
   check="Is your last answer right?",
 )
 
@@ -47,28 +51,17 @@ PAPER_PROMPTS = Prompts(
   ),
   context="\nWhat is seen in the parts of the video, in order of time: {narrative}",
   reward=(
-    " USER: Please judge the quality of your last response by these measures. "
+    "Please judge the quality of your last response by these measures. "
     "Accurate: it agrees with the video and states nothing that the video does not "
     "support. Helpful: it serves what the user asked for, and rests on the video. "
     "Natural: its language flows, without repetition or awkward turns. Concise: it "
     "does its task briefly and clearly. A good response is all four."
-    " ASSISTANT: Following these measures, the quality score of my last response is"
   ),
+  reward_reply="Following these measures, the quality score of my last response is",
   check="Is your last answer right?",
 )
 
-# For very small models whose turns have Qwen's form.
-BRIEF_QWEN_PROMPTS = BRIEF_PROMPTS._replace(
-  reward=(
-    "\n<|im_start|>user\nIs your last answer right?<|im_end|>\n<|im_start|>assistant\n"
-  )
-)
-
-PROMPT_STYLES = {
-  "brief": BRIEF_PROMPTS,
-  "brief_qwen": BRIEF_QWEN_PROMPTS,
-  "paper": PAPER_PROMPTS,
-}
+PROMPT_STYLES = {"brief": BRIEF_PROMPTS, "paper": PAPER_PROMPTS}
 BETTER_VERDICT = "Output {} is better because it is {}."  # Form of a verdict.
 EQUAL_VERDICT = "Both outputs are equally good."
 

@@ -223,13 +223,35 @@ def _rename_special_tokens(tokenizer) -> tokenizers.Tokenizer:
 
 
 def encode_suffix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-  """Returns the ids of a text that follows an EOS token, such as the reward prompt.
+  """Returns the ids of a text that follows an EOS token.
 
   The text is part of the template, so its special tokens are special.
   """
   before = templates.mark_special_tokens(tokenizer, tokenizer.eos_token)
   marked = templates.mark_special_tokens(tokenizer, templates.check_plain_text(text))
   return _tokenize(tokenizer, before + marked)[0][1:]
+
+
+def encode_follow_up(
+  tokenizer: PreTrainedTokenizerBase, template: Template, question: str, reply: str
+) -> list[int]:
+  """Returns the ids of a further question after an answer, and of a reply's start.
+
+  Args:
+    tokenizer: Tokenizer of the model.
+    template: Conversation template of the model.
+    question: The question.
+    reply: Start of the reply, or "".
+  """
+  turns = [("", ""), (question, reply or None)]
+  script = templates.render_conversation(tokenizer, template, turns, videos=[])
+  answer = [learn for _, learn in script].index(True)
+  turn = "".join(text for text, _ in script[answer + 1 :])
+  turn = turn[: turn.rindex(reply) + len(reply)] if reply else turn
+  end = templates.get_end_text(tokenizer, template)
+  before = templates.mark_special_tokens(tokenizer, end)
+  known = len(_tokenize(tokenizer, before)[0])
+  return _tokenize(tokenizer, before + turn)[0][known:]
 
 
 def split_response(

@@ -40,7 +40,8 @@ def score_texts(
 
 def encode_reward_prompt(run: Run) -> tuple[int, ...]:
   """Returns the tokens of the reward prompt, which follows each response."""
-  return tuple(tokenization.encode_suffix(run.tokenizer, run.prompts.reward))
+  turn = run.prompts.reward, run.prompts.reward_reply
+  return tuple(tokenization.encode_follow_up(run.tokenizer, run.template, *turn))
 
 
 def make_reward_scorer(
