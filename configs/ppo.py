@@ -4,10 +4,11 @@ python launch/run.py --config=configs/ppo.py --workdir=runs/demo
 python launch/run.py --config=configs/ppo.py:tiny_qwen3vl --workdir=runs/qwen3vl
 python launch/run.py --config=configs/ppo.py:7b --workdir=runs/7b
 python launch/run.py --config=configs/ppo.py:qwen3vl_4b --workdir=runs/qwen3vl_4b
-python launch/run.py --config=configs/ppo.py:reference --workdir=runs/reference
+python launch/run.py --config=configs/ppo.py:7b_original --workdir=runs/original
 
-The preset "reference" follows VLM-RLAIF's released code where it differs from the
-paper; see docs/design.md. "reference_7b" is the same at 7B.
+The presets "7b_original" and "tiny_original" follow VLM-RLAIF's released code where it
+differs from the paper; see docs/design.md. Its rules for length and end make answers
+shorter and worse, so the other presets have none.
 """
 
 from ml_collections import ConfigDict
@@ -47,7 +48,7 @@ def llava_7b() -> ConfigDict:
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
-  config.reward = weigh_rules(front.reward_7b())
+  config.reward = front.reward_7b()
   config.ppo = front.make_section(
     ppo.default_config(),
     steps=386,
@@ -65,14 +66,7 @@ def llava_7b() -> ConfigDict:
   return config
 
 
-def weigh_rules(reward: ConfigDict) -> ConfigDict:
-  """Changes a section `reward` to the weights of the rules in VLM-RLAIF's code."""
-  reward.terms.stop.weight = -8.0
-  reward.terms.length.weight = -10.0
-  return reward
-
-
-def follow_reference(config: ConfigDict) -> ConfigDict:
+def follow_original(config: ConfigDict) -> ConfigDict:
   """Changes a config to follow VLM-RLAIF's released code.
 
   The code scores the last position, includes padding in losses and GAE, clamps the KL
@@ -84,7 +78,8 @@ def follow_reference(config: ConfigDict) -> ConfigDict:
     reward_scale=10.0,
     lam=1.0,
   )
-  weigh_rules(config.reward)
+  config.reward.terms.stop.weight = -8.0
+  config.reward.terms.length.weight = -10.0
   return config
 
 
@@ -93,7 +88,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   presets = {
     "tiny": tiny,
     "7b": llava_7b,
-    "reference": lambda: follow_reference(tiny()),
-    "reference_7b": lambda: follow_reference(llava_7b()),
+    "tiny_original": lambda: follow_original(tiny()),
+    "7b_original": lambda: follow_original(llava_7b()),
   }
   return front.choose_preset(presets, preset)
