@@ -134,6 +134,8 @@ def model_tiny() -> ConfigDict:
     clip_frames=4,
     lora_rank=16,
     lora_alpha=32.0,
+    sft_lora_rank=16,
+    sft_lora_alpha=32.0,
   )
 
 
@@ -151,6 +153,8 @@ def model_7b() -> ConfigDict:
     clip_frames=20,
     lora_rank=64,
     lora_alpha=16.0,
+    sft_lora_rank=32,
+    sft_lora_alpha=32.0,
     dtype="bfloat16",
     remat="full",
     quant="nf4",  # QLoRA, as in the paper; its code uses QLoRA in PPO only.

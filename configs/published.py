@@ -18,7 +18,7 @@ FRAME_PIXELS = 128 * 28 * 28
 # ms-swift and LLaMA-Factory train LoRA of Qwen-VL on all linear layers of the language
 # model with a frozen tower and a learning rate of 1e-4. LLaMA-Factory's alpha is twice
 # the rank, and its learning rate of DPO 5e-6.
-LORA = dict(lora_rank=32, lora_alpha=64.0)
+LORA = dict(lora_rank=32, lora_alpha=64.0, sft_lora_rank=32, sft_lora_alpha=64.0)
 LEARNING_RATES = {
   "sft": 1e-4,
   "rm": 2e-5,

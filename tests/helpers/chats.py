@@ -12,7 +12,6 @@ import numpy as np
 from tests.helpers import several, stage_runs
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.serving import chat_session
 
@@ -22,7 +21,7 @@ def workdir(one, folder):
   for part in ("sft_long", "rm"):
     shutil.copytree(one.workdir / part, folder / part)
   here = one._replace(workdir=folder)
-  lora = {"lora": role_params.load_policy(here, "sft_long")["lora"]}
+  lora = stage_runs.untrained_lora(here)
   stage_runs.save(here, "grpo", {"policy": noisy(lora, 3, 0.1)})
   text = one.config.to_json_best_effort()
   (folder / "config.json").write_text(json.dumps(json.loads(text)))

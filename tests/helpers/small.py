@@ -67,6 +67,7 @@ def settings(checkpoint, world):
     "model.frames": 3,
     "model.clip_frames": 2,
     "model.lora_rank": 2,
+    "model.sft_lora_rank": 3,
     "data.records": str(world / "sft.jsonl"),
     "data.videos": str(world / "videos"),
     "data.prompts": str(world / "prompts.jsonl"),

@@ -14,6 +14,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params, TrainState
 from vlmrlaif_jax.runtime import loading, role_params
+from vlmrlaif_jax.runtime.arrays import get_trainable_shapes
 from vlmrlaif_jax.stages.stage import get_stage
 from vlmrlaif_jax.training import checkpoint, loop
 
@@ -37,6 +38,17 @@ def started(settings, workdir):
   save(run, "sft_long", {"policy": noisy(role_params.init_policy(run), 1, 0.05)})
   save(run, "rm", {"reward": noisy(role_params.init_reward_model(run), 2, 0.05)})
   return run
+
+
+def untrained_policy(run):
+  """LoRA as the stages after SFT have it, and the projector of the base."""
+  shapes = get_trainable_shapes(run.policy, run.mesh)
+  lora = run.arrays.initialize(shapes, jax.random.key(0))["lora"]
+  return {**role_params.init_policy(run), "lora": lora}
+
+
+def untrained_lora(run):
+  return {"lora": untrained_policy(run)["lora"]}
 
 
 def save(run, stage, params):

@@ -1,7 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
 
 from tests.helpers.rows import text_batch
 from tests.losses.whole_logits import token_logps
@@ -57,6 +59,30 @@ def test_dense_equals_its_formula(dense):
   p, lora = variables["params"], variables["lora"]
   want = x @ (p["kernel"] + 8.0 / 2 * lora["a"] @ lora["b"]) + p["bias"]
   np.testing.assert_allclose(layer.apply(variables, x), want, atol=1e-5)
+
+
+def test_dense_adds_the_update_of_an_earlier_stage(dense):
+  layer, variables, x = dense
+  frozen = {"a": normal(5, 4, 3), "b": normal(6, 3, 6)}
+  want = layer.apply(variables, x) + x @ frozen["a"] @ frozen["b"]
+  got = layer.apply({**variables, "frozen_lora": frozen}, x)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  alone = layer.apply({"params": variables["params"], "frozen_lora": frozen}, x)
+  without = layer.apply({"params": variables["params"]}, x)
+  np.testing.assert_allclose(alone, without + x @ frozen["a"] @ frozen["b"], atol=1e-5)
+
+
+def test_lora_starts_as_that_of_peft():
+  layer = Dense(6, rank=500)
+  start = layer.init(jax.random.key(1), normal(0, 3, 40))["lora"]["a"]
+  base = torch.nn.Sequential(torch.nn.Linear(40, 6))
+  config = peft.LoraConfig(r=500, target_modules=["0"])
+  theirs = (
+    peft.get_peft_model(base, config).base_model.model[0].lora_A["default"].weight
+  )
+  for measure in (np.max, np.min, np.std):
+    want = measure(theirs.detach().numpy())
+    np.testing.assert_allclose(measure(start), want, rtol=0.03)
 
 
 def test_dense_leaves_the_update_out_without_the_lora_collection(dense):

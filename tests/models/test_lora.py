@@ -45,5 +45,23 @@ def test_merge_of_a_quantised_base_equals_apply():
   np.testing.assert_allclose(apply(merged, x, *INPUTS[1:]), want, atol=2e-5)
 
 
+@pytest.mark.parametrize("kept", [("lora",), ("frozen_lora",), lora.UPDATES])
+def test_merged_and_joined_updates_equal_apply(variables, kept):
+  wider = llama.Model(**llama.VARIANTS["tiny"], rank=3, alpha=6.0)
+  frozen = jax.jit(wider.init)(jax.random.key(2), *INPUTS)["lora"]
+  random = lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape)
+  both = {"lora": variables["lora"], "frozen_lora": jax.tree.map(random, frozen)}
+  given = {"params": variables["params"], **{name: both[name] for name in kept}}
+  want = MODEL.apply(given, *INPUTS)
+  merged = lora.merge_lora(given, MODEL.alpha)
+  assert set(merged) == {"params"}
+  np.testing.assert_allclose(MODEL.apply(merged, *INPUTS), want, atol=2e-5)
+  joined = lora.join_lora(given, MODEL.alpha)
+  rank = sum({"lora": 4, "frozen_lora": 3}[name] for name in kept)
+  model = MODEL.clone(rank=rank, alpha=float(rank))
+  got = model.apply({"params": variables["params"], "lora": joined}, *INPUTS)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 def test_count_is_the_number_of_numbers():
   assert lora.count_params({"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4)}}) == 10

@@ -330,7 +330,7 @@ def convert_to_peft(lora: Params) -> dict[str, np.ndarray]:
   """Converts LoRA factors to the tensors of a PEFT file.
 
   Args:
-    lora: Collection "lora" of a language model, stacked over layers.
+    lora: Factors of a language model, stacked over layers; see lora.join_lora.
 
   Returns:
     Tensor name -> factor of one layer.
@@ -343,22 +343,19 @@ def save_adapter(
   tensors: Mapping[str, np.ndarray],
   *,
   base: str,
-  rank: int,
-  alpha: float,
   target_modules: str | Sequence[str],
   modules_to_save: Sequence[str] | None = None,
 ) -> None:
-  """Writes an adapter in PEFT's format.
+  """Writes an adapter in PEFT's format, whose alpha is the rank.
 
   Args:
     folder: Output folder.
     tensors: Tensors by the names of `convert_to_peft`, and those of whole modules.
     base: Folder or Hub id of the base.
-    rank: Rank of the factors.
-    alpha: Updates are multiplied by alpha / rank.
     target_modules: Names of the adapted modules, or a pattern of their paths.
     modules_to_save: Names of the modules that the adapter contains whole.
   """
+  rank = next(x.shape[0] for name, x in tensors.items() if ".lora_A." in name)
   folder.mkdir(parents=True, exist_ok=True)
   save_file(
     dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"}
@@ -368,7 +365,7 @@ def save_adapter(
     "task_type": None,
     "base_model_name_or_path": base,
     "r": rank,
-    "lora_alpha": alpha,
+    "lora_alpha": rank,
     "lora_dropout": 0.0,
     "bias": "none",
     "fan_in_fan_out": False,

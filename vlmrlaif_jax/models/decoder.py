@@ -209,7 +209,7 @@ class Decoder(LayerSettings, kw_only=True):
       raise ValueError(f"remat must be one of {sorted(REMAT)}, not {self.remat!r}")
     x, _ = nn.scan(
       REMAT[self.remat](layer),
-      variable_axes={"params": 0, "quant": 0, "lora": 0},
+      variable_axes={"params": 0, "quant": 0, "lora": 0, "frozen_lora": 0},
       split_rngs={"params": True, "lora": True},
       in_axes=(0, nn.broadcast),
     )(self.blocks, x, jnp.arange(self.layers), _pad_additions(additions, x))
@@ -266,7 +266,7 @@ class Decoder(LayerSettings, kw_only=True):
     variables = self.blocks.variables
     types = {jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)}
     exact = types == {jnp.dtype("float32")} and "quant" not in variables
-    if "lora" in variables and exact:
+    if exact:
       variables = lora.merge_lora(variables, self.alpha)
     return tuple(
       jax.tree.map(lambda a, i=i: a[i], variables) for i in range(self.layers)

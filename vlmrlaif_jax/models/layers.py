@@ -130,14 +130,20 @@ class VisualFeatures(NamedTuple):
   deepstack: Float[Array, "taps batch tokens embed"] | None = None
 
 
+def lora_initializer(**axes: Any) -> Initializer:
+  """Returns LoRA's initializer of A: uniform within 1 / sqrt(inputs), as in PEFT."""
+  return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", **axes)
+
+
 class Dense(Layer):
   """A linear layer with an optional LoRA update: Hu et al. 2021 (2106.09685), eq. 3.
 
     y = x W + (alpha / rank) x A B,  with B = 0 at initialization
 
   W is in the collection "params"; A and B are in "lora", in float32. Variables without
-  "lora" disable the update. A frozen W may be in the collection "quant" instead; see
-  quantization.quantize_params.
+  "lora" disable the update. The collection "frozen_lora" may add the update of an
+  earlier stage, scaled. A frozen W may be in the collection "quant"
+  instead; see quantization.quantize_params.
   """
 
   features: int  # Outputs.
@@ -161,8 +167,11 @@ class Dense(Layer):
       zeros = nn.initializers.zeros
       bias = self.param("bias", zeros, (self.features,), self.param_dtype)
       y += bias.astype(self.dtype)
+    if self.has_variable("frozen_lora", "a"):
+      frozen = self.variables["frozen_lora"]
+      y += (x @ frozen["a"].astype(self.dtype)) @ frozen["b"].astype(self.dtype)
     if self.rank and (self.is_initializing() or self.has_variable("lora", "a")):
-      init = nn.initializers.he_uniform()
+      init = lora_initializer()
       a_shape, b_shape = (shape[0], self.rank), (self.rank, shape[1])
       a = self.variable("lora", "a", lambda: init(self.make_rng("lora"), a_shape))
       b = self.variable("lora", "b", jnp.zeros, b_shape)

@@ -101,7 +101,7 @@ ABSTRACT_ARRAYS = ArrayFactory(
   has=lambda folder: True,
   initialize=lambda shapes, key: shapes,
   # Updated shapes are new objects, so they do not count as the same arrays.
-  zeros_like=lambda tree: jax.tree.map(lambda x: x.update(), tree),
+  map_leaves=lambda fn, tree: jax.tree.map(lambda x: x.update(), tree),
 )
 
 

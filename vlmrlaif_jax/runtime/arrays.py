@@ -19,6 +19,7 @@ from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import families
 from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.models.layers import lora_initializer
 from vlmrlaif_jax.training import checkpoint
 
 
@@ -34,7 +35,8 @@ class ArrayFactory(NamedTuple):
   has: Callable[[pathlib.Path], bool]  # Whether a stage's folder has a checkpoint.
   # Initializes parameters from their shapes and a key; see initialize_params.
   initialize: Callable[[Params, Key[Array, ""]], Params]
-  zeros_like: Callable[[Params], Params]  # Returns zeros of the same shapes.
+  # Maps (path, array) to a new array of the same shape, for each leaf.
+  map_leaves: Callable[[Callable[[str, Array], Array], Params], Params]
 
 
 def restore_params(folder: pathlib.Path, like: Params) -> Params:
@@ -89,12 +91,12 @@ def initialize_params(shapes: Params, key: Key[Array, ""]) -> Params:
     shapes: shapes and shardings; see get_trainable_shapes.
     key: random key of the LoRA factors and the head.
   """
-  he = jax.nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
+  init = lora_initializer(in_axis=-2, out_axis=-1, batch_axis=0)
 
   def make(path, leaf):
     name = sharding.format_key_path(path)
     if name.endswith("/a"):
-      value = he(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
+      value = init(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
     elif name.endswith("head/kernel"):
       bound = leaf.shape[0] ** -0.5  # VLM-RLAIF's code, reward_model.py:165.
       value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
@@ -105,9 +107,11 @@ def initialize_params(shapes: Params, key: Key[Array, ""]) -> Params:
   return jax.tree_util.tree_map_with_path(make, shapes)
 
 
-SAVED = ArrayFactory(
-  restore_params,
-  has_checkpoint,
-  initialize_params,
-  zeros_like=lambda tree: jax.tree.map(jnp.zeros_like, tree),
-)
+def map_leaves(fn: Callable[[str, Array], Array], tree: Params) -> Params:
+  """Maps the path and the array of each leaf to a new array."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: fn(sharding.format_key_path(path), x), tree
+  )
+
+
+SAVED = ArrayFactory(restore_params, has_checkpoint, initialize_params, map_leaves)

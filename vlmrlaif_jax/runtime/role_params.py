@@ -1,14 +1,18 @@
 """Parameters of each role: initial, trained, and merged with the frozen base.
 
 The roles are policy, reference policy ("ref"), critic and reward model ("reward").
+SFT trains LoRA and projector. Later stages add a LoRA of their own to the SFT policy,
+whose own one stays, frozen.
 """
 
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 
 from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.core.types import Params, merge_params
+from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.runtime.arrays import get_trainable_shapes
 from vlmrlaif_jax.runtime.run import Run
 
@@ -19,11 +23,20 @@ CRITIC_HEADS = ("zero", "reward")  # Initial critic heads: 0, or the reward mode
 JUDGE_STAGES = {"sft": SFT_STAGES[1], "grm_sft": "grm_sft", "grm": "grm"}
 
 
+def get_sft_model(run: Run) -> VLM:
+  """Returns the policy's model with the LoRA of SFT."""
+  rank, alpha = run.config.model.sft_lora_rank, run.config.model.sft_lora_alpha
+  return run.policy.clone(llm=run.policy.llm.clone(rank=rank, alpha=alpha))
+
+
 def init_policy(run: Run) -> Params:
   """Returns the initial SFT parameters: LoRA of product 0 and the base's projector."""
-  key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
-  lora = run.arrays.initialize(get_trainable_shapes(run.policy, run.mesh), key)["lora"]
-  return {"lora": lora, "params": _get_projector(run)}
+  return {"lora": _init_lora(run, get_sft_model(run), 1), "params": _get_projector(run)}
+
+
+def _init_lora(run: Run, model: VLM, number: int) -> Params:
+  key = jax.random.fold_in(jax.random.key(run.config.seed), number)
+  return run.arrays.initialize(get_trainable_shapes(model, run.mesh), key)["lora"]
 
 
 def _get_projector(run: Run) -> Params:
@@ -38,21 +51,30 @@ def load_policy(run: Run, stage: str) -> Params:
   Raises:
     UserError: the stage has no checkpoint in this workdir.
   """
-  lora = get_trainable_shapes(run.policy, run.mesh)
-  like = {"policy": {**lora, "params": _get_projector(run)}}
-  if stage not in SFT_STAGES:
-    like = {"policy": lora}
-  return run.arrays.restore(run.workdir / stage, like)["policy"]
+  if stage in SFT_STAGES:
+    lora = get_trainable_shapes(get_sft_model(run), run.mesh)
+    like = {**lora, "params": _get_projector(run)}
+  else:
+    like = get_trainable_shapes(run.policy, run.mesh)
+  return run.arrays.restore(run.workdir / stage, {"policy": like})["policy"]
 
 
 def load_policy_variables(run: Run, stage: str) -> Params:
-  """Returns the policy variables after a stage: base and trained parameters."""
-  if stage in SFT_STAGES:
-    return merge_params(run.base, load_policy(run, stage))
-  # Later stages do not train the projector, so it is SFT's.
-  return merge_params(
-    load_policy_variables(run, SFT_STAGES[1]), load_policy(run, stage)
+  """Returns the policy variables after a stage: base and trained parameters.
+
+  The LoRA of SFT is in the collection "frozen_lora".
+  """
+  if stage not in SFT_STAGES:
+    return merge_params(
+      load_policy_variables(run, SFT_STAGES[1]), load_policy(run, stage)
+    )
+  trained = load_policy(run, stage)
+  scale = run.config.model.sft_lora_alpha / run.config.model.sft_lora_rank
+  frozen = run.arrays.map_leaves(
+    lambda path, x: x * scale if path.endswith("/b") else x, trained["lora"]
   )
+  added = {"frozen_lora": frozen, "params": trained["params"]}
+  return merge_params(run.base, added)
 
 
 def load_all_policies(run: Run, stages: Iterable[str]) -> dict[str, Params]:
@@ -109,34 +131,29 @@ def has_reward_model(run: Run) -> bool:
 
 
 def init_reward_model(run: Run) -> Params:
-  """Returns the initial parameters of the reward model.
-
-  The LoRA is the SFT policy's if both have the same base. The head is small and random.
-  """
+  """Returns the initial parameters: LoRA of product 0, and a small random head."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
-  start = run.arrays.initialize(get_trainable_shapes(run.reward_model, run.mesh), key)
-  if run.reward_model_base is run.base:
-    start["lora"] = load_policy(run, SFT_STAGES[1])["lora"]
-  return start
+  return run.arrays.initialize(get_trainable_shapes(run.reward_model, run.mesh), key)
 
 
 def load_reward_model_base(run: Run) -> Params:
   """Returns the frozen variables of reward model and critic.
 
-  They include SFT's projector if the base is the policy's.
+  They are those of the SFT policy if the base is the policy's.
   """
   if run.reward_model_base is not run.base:
     return run.reward_model_base
-  projector = load_policy(run, SFT_STAGES[1])["params"]
-  return merge_params(run.base, {"params": projector})
+  return load_policy_variables(run, SFT_STAGES[1])
 
 
 def load_reward_model(run: Run) -> Params:
   """Returns the variables of the trained reward model."""
+  return merge_params(load_reward_model_base(run), _restore_reward_model(run))
+
+
+def _restore_reward_model(run: Run) -> Params:
   like = {"reward": get_trainable_shapes(run.reward_model, run.mesh)}
-  return merge_params(
-    load_reward_model_base(run), run.arrays.restore(run.workdir / "rm", like)["reward"]
-  )
+  return run.arrays.restore(run.workdir / "rm", like)["reward"]
 
 
 def make_ppo_roles(
@@ -153,12 +170,16 @@ def make_ppo_roles(
       untrained reward model.
   """
   params, frozen = make_policy_roles(run, SFT_STAGES[1])
-  reward = load_reward_model(run) if has_reward_model else init_reward_model(run)
-  critic = {"lora": reward["lora"], "params": {"head": reward["params"]["head"]}}
+  base = run.reward_model_base
+  base = frozen["policy"] if base is run.base else base
+  trained = (_restore_reward_model if has_reward_model else init_reward_model)(run)
+  critic = {"lora": trained["lora"], "params": {"head": trained["params"]["head"]}}
   if critic_head == "zero":
-    critic["params"] = run.arrays.zeros_like(critic["params"])
-  roles = {"critic": load_reward_model_base(run)}
-  roles |= {"reward": reward} if has_reward_model else {}
+    critic["params"] = run.arrays.map_leaves(
+      lambda path, x: jnp.zeros_like(x), critic["params"]
+    )
+  roles = {"critic": base}
+  roles |= {"reward": merge_params(base, trained)} if has_reward_model else {}
   return params | {"critic": critic}, frozen | roles
 
 
@@ -167,8 +188,12 @@ def make_policy_roles(run: Run, start: str) -> tuple[Params, Params]:
 
   Args:
     run: the run.
-    start: the stage whose policy both roles start from.
+    start: the stage whose policy both roles start from. After SFT, the policy has a new
+      LoRA of product 0. After another stage, it has that of the stage.
   """
-  base = merge_params(run.base, {"params": load_policy(run, SFT_STAGES[1])["params"]})
-  lora = {"lora": load_policy(run, start)["lora"]}
+  base = load_policy_variables(run, SFT_STAGES[1])
+  if start in SFT_STAGES:
+    lora = {"lora": _init_lora(run, run.policy, 3)}
+    return {"policy": lora}, {"policy": base, "ref": base}
+  lora = load_policy(run, start)
   return {"policy": lora}, {"policy": base, "ref": merge_params(base, lora)}

@@ -124,8 +124,12 @@ def default_config() -> ConfigDict:
       # few times, or "exact" for those of the model's published processor.
       grids="few",
       clip_frames=placeholder(int),  # Frames per captioned clip.
-      lora_rank=placeholder(int),  # Rank of LoRA updates.
-      lora_alpha=placeholder(float),  # LoRA updates are multiplied by alpha / rank.
+      # Rank of the LoRA updates of reward model and RL, which are added to the frozen
+      # update of SFT. Updates are multiplied by alpha / rank.
+      lora_rank=placeholder(int),
+      lora_alpha=placeholder(float),
+      sft_lora_rank=placeholder(int),  # Rank of the LoRA updates of SFT.
+      sft_lora_alpha=placeholder(float),
       dtype="float32",  # Dtype of the computation.
       remat="none",  # "full" recomputes layers, "dots" all but matmuls; saves memory.
       attention="auto",  # "auto" or a key of attention.BACKENDS.
@@ -160,7 +164,8 @@ def check(config: ConfigDict) -> None:
     sizes = ("", *PLANNED_SIZES, *PLANNED_FAMILIES)
     check_choices(model, {"size": sizes, "reward_model_size": sizes})
     check_choices(model, {"grids": GRIDS})
-    check_at_least(model, {"frames": 1, "clip_frames": 1, "lora_rank": 1})
+    check_at_least(model, {"frames": 1, "clip_frames": 1})
+    check_at_least(model, {"lora_rank": 1, "sft_lora_rank": 1})
     check_at_least(model, {"fps": 0, "max_frames": 0, "max_pixels": 0})
 
 

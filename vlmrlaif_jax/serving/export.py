@@ -133,7 +133,7 @@ def write_merged(
 
   Args:
     folder: Output folder.
-    variables: Variables with "lora". A scalar head is omitted.
+    variables: Variables with LoRA updates. A scalar head is omitted.
     config: Config of the base from convert.load_checkpoint.
     source: Folder of the base.
     model: Model section of the run's config.
@@ -183,7 +183,7 @@ def write_adapter(
 
   Args:
     folder: Output folder.
-    variables: Variables with "lora". A scalar head is omitted.
+    variables: Variables with LoRA updates. A scalar head is omitted.
     config: Config of the base from convert.load_checkpoint.
     source: Folder of the base.
     model: Model section of the run's config.
@@ -207,7 +207,8 @@ def write_adapter(
         "launch/chat.py loads the adapter. Export --kind=merged for transformers."
       )
   layers = _name_in_memory(table["llm/blocks/q/kernel"][0].split("{}")[0])
-  factors = peft_adapters.convert_to_peft(jax.device_get(variables["lora"]["llm"]))
+  joined = jax.device_get(lora.join_lora(variables, model.lora_alpha)["llm"])
+  factors = peft_adapters.convert_to_peft(joined)
   tensors = {name.replace("model.layers.", layers): x for name, x in factors.items()}
   for name, x in whole.items():
     tensors[f"base_model.model.{_name_in_memory(name)}"] = x
@@ -216,8 +217,6 @@ def write_adapter(
     folder,
     tensors,
     base=str(source),
-    rank=model.lora_rank,
-    alpha=model.lora_alpha,
     # The vision tower may have matrices of the same names.
     target_modules=rf"{re.escape(layers)}\d+\..*\.({matrices})",
     modules_to_save=modules,

@@ -5,14 +5,14 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.helpers.stage_runs import save
+from tests.helpers.stage_runs import save, untrained_lora, untrained_policy
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import jsonl, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
-from vlmrlaif_jax.runtime import answering, role_params, scoring
+from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.answering import SamplingSettings, VideoReply
 from vlmrlaif_jax.sampling.generate import compute_response_logps
 from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate, policies
@@ -22,7 +22,7 @@ from vlmrlaif_jax.stages.stage import load_workdir_policies
 @pytest.fixture(scope="module")
 def models(one):
   """(a policy, its reference)."""
-  start = role_params.init_policy(one)
+  start = untrained_policy(one)
   return tuple(merge_params(one.base, noisy(start, seed, 0.2)) for seed in (4, 5))
 
 
@@ -116,8 +116,7 @@ def evaluated(one, workdir, **settings):
   config.evaluate.update(batch=4, resamples=20)
   config.evaluate.held_out.update(settings)
   run = one._replace(workdir=workdir, config=config)
-  lora = {"lora": role_params.init_policy(run)["lora"]}
-  save(run, "dpo_1", {"policy": noisy(lora, 6, 0.3)})
+  save(run, "dpo_1", {"policy": noisy(untrained_lora(run), 6, 0.3)})
   with StageLog(workdir / "eval", "eval", 1) as log:
     evaluate.measure_policies(
       run, load_workdir_policies(run), None, workdir / "eval", log

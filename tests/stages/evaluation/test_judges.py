@@ -6,20 +6,17 @@ import json
 import pytest
 
 from configs import grm
-from tests.helpers.stage_runs import StageLog, save
+from tests.helpers.stage_runs import StageLog, save, untrained_lora
 from tests.stages.training.test_generative_rm import in_folder
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.stages.evaluation import judges
 
 
 @pytest.fixture
 def run(one, tmp_path):
   made = in_folder(one, tmp_path)
-  save(
-    made, "grm", {"policy": {"lora": role_params.load_policy(made, "sft_long")["lora"]}}
-  )
+  save(made, "grm", {"policy": untrained_lora(made)})
   return made
 
 

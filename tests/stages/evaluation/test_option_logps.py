@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.stage_runs import untrained_policy
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkQuestion
-from vlmrlaif_jax.runtime import role_params, scoring
+from vlmrlaif_jax.runtime import scoring
 from vlmrlaif_jax.stages.evaluation import option_logps
 
 OPTIONS = ("A", "B", "The red object is large.")
@@ -16,7 +17,7 @@ OPTIONS = ("A", "B", "The red object is large.")
 
 @pytest.fixture(scope="module")
 def policy(one):
-  return merge_params(one.base, noisy(role_params.init_policy(one), 4, 0.2))
+  return merge_params(one.base, noisy(untrained_policy(one), 4, 0.2))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.helpers.stage_runs import untrained_policy
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Batch, merge_params
@@ -10,14 +11,14 @@ from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.templates import MEDIA_MARK
 from vlmrlaif_jax.feedback.claims import normalize_yes_no
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
-from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.stages.labeling import claim_probabilities
 
 
 @pytest.fixture(scope="module")
 def variables(one):
   """Of a policy whose LoRA counts."""
-  return merge_params(one.base, noisy(role_params.init_policy(one), 3, 0.3))
+  return merge_params(one.base, noisy(untrained_policy(one), 3, 0.3))
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from vlmrlaif_jax.core.types import Batch, Params, merge_params
 from vlmrlaif_jax.feedback.http_client import make_http_client
 from vlmrlaif_jax.feedback.server_failures import describe_error
 from vlmrlaif_jax.huggingface import peft_adapters
+from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.models.vlm import VLM, encode_video
 from vlmrlaif_jax.sampling.generate import SampledResponses, join_responses
 
@@ -169,7 +170,8 @@ class ServerSampler:
     """
     self._count += 1
     adapter = self._folder / f"policy-{self._run}-{self._count}"
-    write_decoder_adapter(adapter, params["policy"]["lora"]["llm"], self._policy)
+    variables = merge_params(frozen["policy"], params["policy"])
+    write_decoder_adapter(adapter, variables, self._policy)
     prompts, embeddings = self._embed(params, frozen, prompts)
     rows, mask = jax.device_get((embeddings, prompts.mask))
     seeds = jax.random.randint(key, (len(rows),), 0, 2**31 - 1).tolist()
@@ -330,21 +332,19 @@ def _explain(url: str, error: openai.APIStatusError) -> str:
   )
 
 
-def write_decoder_adapter(folder: pathlib.Path, lora: Params, policy: VLM) -> None:
-  """Writes the LoRA of a policy as an adapter of its text model.
+def write_decoder_adapter(folder: pathlib.Path, variables: Params, policy: VLM) -> None:
+  """Writes the LoRA updates of a policy as an adapter of its text model.
 
   Args:
     folder: Output folder.
-    lora: LoRA factors of the language model.
+    variables: Variables of the policy.
     policy: Model of the policy.
   """
-  tensors = peft_adapters.convert_to_peft(jax.device_get(lora))
+  joined = lora.join_lora(variables, policy.llm.alpha)["llm"]
   peft_adapters.save_adapter(
     folder,
-    tensors,
+    peft_adapters.convert_to_peft(jax.device_get(joined)),
     base="decoder",
-    rank=policy.llm.rank,
-    alpha=policy.llm.alpha,
     target_modules=peft_adapters.ADAPTED_MODULES,
   )
 

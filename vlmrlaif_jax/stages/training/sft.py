@@ -52,8 +52,8 @@ def check(config: ConfigDict) -> None:
 def make_job(run: Run, stage: str) -> TrainingJob:
   """Returns the job that trains on answers by imitation.
 
-  SFT trains LoRA and projector of the base model. Other stages train the LoRA of the
-  SFT policy.
+  SFT trains LoRA and projector of the base model. Other stages add a LoRA to the SFT
+  policy.
   """
   section = get_stage(stage).section
   config, time = run.config[section], sum(get_row_lengths(run.config, section))
@@ -64,6 +64,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   else:
     params, frozen = role_params.make_policy_roles(run, LONG)
     start, base = params["policy"], frozen["policy"]
+  model = role_params.get_sft_model(run) if stage in (SHORT, LONG) else run.policy
   rows = config.batch_size
   update_pass = workloads.make_model_pass(run, "train", "policy", rows, time, config)
   spec: Batch | PackedBatch = specs.batch_specs(run, rows, time)
@@ -77,7 +78,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   return common.make_training_job(
     run,
     stage,
-    method=method.make(config, MethodModels(policy=run.policy)),
+    method=method.make(config, MethodModels(policy=model)),
     params={"policy": start},
     frozen={"policy": base},
     batch_spec=spec,
