@@ -47,6 +47,7 @@ def llava_7b() -> ConfigDict:
   does both.
   """
   model, data = front.model_7b(), front.data_7b()
+  model.lora_dropout = 0.05
   config = front.make_recipe("rlaif_v", STAGES, model=model, data=data)
   config.rounds = ROUNDS
   config.sft = front.sft_7b()

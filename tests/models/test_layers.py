@@ -72,6 +72,22 @@ def test_dense_adds_the_update_of_an_earlier_stage(dense):
   np.testing.assert_allclose(alone, without + x @ frozen["a"] @ frozen["b"], atol=1e-5)
 
 
+def test_dropout_is_of_the_inputs_of_the_update_alone(dense):
+  layer, variables, x = dense
+  dropped = layer.clone(dropout=0.25)
+  apply = lambda key: dropped.apply(variables, x, rngs={"dropout": key})
+  outputs = jax.vmap(apply)(jax.random.split(jax.random.key(3), 4000))
+  want = layer.apply(variables, x)
+  np.testing.assert_array_equal(dropped.apply(variables, x), want)
+  assert np.std(outputs, axis=0).min() > 0.1
+  np.testing.assert_allclose(np.mean(outputs, axis=0), want, atol=0.2)
+  without = {"params": variables["params"]}
+  np.testing.assert_array_equal(
+    dropped.apply(without, x, rngs={"dropout": jax.random.key(0)}),
+    layer.apply(without, x),
+  )
+
+
 def test_lora_starts_as_that_of_peft():
   layer = Dense(6, rank=500)
   start = layer.init(jax.random.key(1), normal(0, 3, 40))["lora"]["a"]

@@ -13,7 +13,7 @@ derives positions.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -313,6 +313,15 @@ def merge_params(frozen: Params, trained: Params) -> Params:
     k: merge_params(frozen[k], trained[k]) if k in frozen and k in trained else v
     for k, v in both.items()
   }
+
+
+# Entry of the frozen arrays with the random key of an update, for dropout.
+DROPOUT_KEY = "dropout"
+
+
+def select_rngs(frozen: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the random keys of an update for `apply`; none without dropout."""
+  return {name: frozen[name] for name in (DROPOUT_KEY,) if name in frozen}
 
 
 def is_stop(tokens: Int[AnyArray, "*rows"], stops: Stops) -> Bool[AnyArray, "*rows"]:

@@ -3,6 +3,7 @@
 Rafailov et al. 2023 (2305.18290), with the settings of RLAIF-V (2405.17220).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from vlmrlaif_jax.core.types import (
   Params,
   merge_params,
   offline,
+  select_rngs,
 )
 from vlmrlaif_jax.losses.logprobs import sum_logps
 from vlmrlaif_jax.losses.preference import dpo_loss
@@ -45,7 +47,8 @@ def make(config: ConfigDict, parts: MethodModels) -> Method:
 
   def loss(params, frozen, data: ComparedPairs) -> Loss:
     variables = merge_params(frozen["policy"], params["policy"])
-    logps = compute_pair_logps(config, parts.policy, variables, data.pairs)
+    rngs = select_rngs(frozen)
+    logps = compute_pair_logps(config, parts.policy, variables, data.pairs, rngs)
     chosen, rejected = logps.T
     preference = dpo_loss(chosen, rejected, *data.ref_logps.T, beta=config.beta)
     each = preference - config.sft_coef * chosen
@@ -69,14 +72,18 @@ def make(config: ConfigDict, parts: MethodModels) -> Method:
 
 
 def compute_pair_logps(
-  config: ConfigDict, model: Any, variables: Params, pairs: Groups
+  config: ConfigDict,
+  model: Any,
+  variables: Params,
+  pairs: Groups,
+  rngs: Mapping[str, Array] | None = None,
 ) -> Float[Array, "prompts 2"]:
   """Computes log-probabilities in nats of chosen and rejected responses.
 
-  The temperature is 1.
+  The temperature is 1. `rngs` are the random keys of dropout.
   """
   settings = dict(shared=config.shared_prefix, chunk=config.chunk, temperature=1.0)
-  logps, _ = compute_group_logps(model, variables, pairs, **settings)
+  logps, _ = compute_group_logps(model, variables, pairs, **settings, rngs=rngs)
   return sum_logps(logps, pairs.loss_mask)
 
 

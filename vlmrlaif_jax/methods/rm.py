@@ -10,6 +10,7 @@ from vlmrlaif_jax.core.types import (
   MethodModels,
   merge_params,
   offline,
+  select_rngs,
 )
 from vlmrlaif_jax.losses.preference import bradley_terry_loss, center_penalty
 
@@ -32,7 +33,9 @@ def make(config: ConfigDict, parts: MethodModels) -> Method:
   def loss(params, frozen, pairs: Groups) -> Loss:
     variables = merge_params(frozen["reward"], params["reward"])
     shared = config.shared_prefix
-    scores = model.apply(variables, pairs, shared=shared, method="group_scores")
+    scores = model.apply(
+      variables, pairs, shared=shared, method="group_scores", rngs=select_rngs(frozen)
+    )
     chosen, rejected = scores.T
     mean = jnp.mean
     ranking = mean(bradley_terry_loss(chosen, rejected, margin=config.margin))

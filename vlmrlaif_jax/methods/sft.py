@@ -11,6 +11,7 @@ from vlmrlaif_jax.core.types import (
   PackedBatch,
   merge_params,
   offline,
+  select_rngs,
 )
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
 from vlmrlaif_jax.losses.masked import masked_mean
@@ -27,7 +28,8 @@ def make(config: ConfigDict, parts: MethodModels) -> Method:
 
   def loss(params, frozen, batch: Batch | PackedBatch) -> Loss:
     variables = merge_params(frozen["policy"], params["policy"])
-    hidden = policy.apply(variables, batch, method="hidden")
+    rngs = select_rngs(frozen)
+    hidden = policy.apply(variables, batch, method="hidden", rngs=rngs)
     head = policy.apply(variables, method="head_kernel")
     logps = chunked_token_logps(hidden, head, batch.tokens, chunk=config.chunk)
     nll = masked_mean(-logps, batch.loss_mask)

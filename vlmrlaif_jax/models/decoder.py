@@ -53,6 +53,7 @@ class LayerSettings(Layer, kw_only=True):
   eps: float = 1e-5  # Epsilon of RMSNorm.
   rank: int = 0  # Rank of the LoRA updates of all matrices of a block; 0 for none.
   alpha: float = 16.0  # LoRA updates are multiplied by alpha / rank.
+  dropout: float = 0.0  # Dropout of the inputs of LoRA updates; see layers.Dense.
 
 
 class DecoderBlock(LayerSettings):
@@ -67,7 +68,8 @@ class DecoderBlock(LayerSettings):
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
   ) -> tuple[HiddenStates, KVCache]:
-    dense = functools.partial(Dense, rank=self.rank, alpha=self.alpha, **self.types)
+    lora_settings = dict(rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+    dense = functools.partial(Dense, **lora_settings, **self.types)
     norm = functools.partial(RMSNorm, self.eps, self.param_dtype)
     embed = x.shape[-1]
     head_dim = self.head_dim or embed // self.heads
@@ -210,7 +212,7 @@ class Decoder(LayerSettings, kw_only=True):
     x, _ = nn.scan(
       REMAT[self.remat](layer),
       variable_axes={"params": 0, "quant": 0, "lora": 0, "frozen_lora": 0},
-      split_rngs={"params": True, "lora": True},
+      split_rngs={"params": True, "lora": True, "dropout": True},
       in_axes=(0, nn.broadcast),
     )(self.blocks, x, jnp.arange(self.layers), _pad_additions(additions, x))
     return self.norm(constrain(x, BATCH_AXES, TIME_AXIS))[:, :time]

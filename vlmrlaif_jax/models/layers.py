@@ -150,6 +150,9 @@ class Dense(Layer):
   bias: bool = False  # Adds a bias.
   rank: int = 0  # Rank of the update; 0 for none.
   alpha: float = 16.0  # The update is multiplied by alpha / rank.
+  # Share of the update's inputs that are set to 0, as in PEFT, if `apply` receives the
+  # random key "dropout".
+  dropout: float = 0.0
   kernel_init: Initializer = nn.initializers.lecun_normal()
 
   @nn.compact
@@ -175,6 +178,8 @@ class Dense(Layer):
       a_shape, b_shape = (shape[0], self.rank), (self.rank, shape[1])
       a = self.variable("lora", "a", lambda: init(self.make_rng("lora"), a_shape))
       b = self.variable("lora", "b", jnp.zeros, b_shape)
+      if self.dropout and self.has_rng("dropout"):
+        x = nn.Dropout(self.dropout, deterministic=False)(x)
       # Scaling B costs less than scaling y and its gradient.
       scaled = b.value * (self.alpha / self.rank)
       y += (x @ a.value.astype(self.dtype)) @ scaled.astype(self.dtype)

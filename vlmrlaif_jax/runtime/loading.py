@@ -196,6 +196,7 @@ def configure_model(loaded: vlm.VLM, model: ConfigDict, mesh: Mesh) -> vlm.VLM:
   llm = loaded.llm.clone(
     rank=model.lora_rank,
     alpha=model.lora_alpha,
+    dropout=model.lora_dropout,
     remat=model.remat,
     attention=choose_attention(model, mesh),
     unstack=is_on_cpu(mesh),

@@ -130,6 +130,9 @@ def default_config() -> ConfigDict:
       lora_alpha=placeholder(float),
       sft_lora_rank=placeholder(int),  # Rank of the LoRA updates of SFT.
       sft_lora_alpha=placeholder(float),
+      # Dropout of the inputs of LoRA updates in SFT, the reward model and DPO. RL has
+      # none, because the sampler's policy must be the trained one.
+      lora_dropout=0.0,
       dtype="float32",  # Dtype of the computation.
       remat="none",  # "full" recomputes layers, "dots" all but matmuls; saves memory.
       attention="auto",  # "auto" or a key of attention.BACKENDS.
@@ -165,7 +168,9 @@ def check(config: ConfigDict) -> None:
     check_choices(model, {"size": sizes, "reward_model_size": sizes})
     check_choices(model, {"grids": GRIDS})
     check_at_least(model, {"frames": 1, "clip_frames": 1})
-    check_at_least(model, {"lora_rank": 1, "sft_lora_rank": 1})
+    check_at_least(model, {"lora_rank": 1, "sft_lora_rank": 1, "lora_dropout": 0})
+    if model.lora_dropout >= 1:
+      raise ValueError(f"lora_dropout must be below 1, not {model.lora_dropout}")
     check_at_least(model, {"fps": 0, "max_frames": 0, "max_pixels": 0})
 
 

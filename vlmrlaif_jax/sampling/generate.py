@@ -3,6 +3,7 @@
 `generate` runs prefill once per prompt and then decodes one token per step.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -179,6 +180,7 @@ def compute_group_logps(
   shared: bool,
   chunk: int,
   temperature: float,
+  rngs: Mapping[str, Array] | None = None,
 ) -> tuple[Float[Array, "prompts group time"], Float[Array, "prompts group time"]]:
   """Computes the same as compute_response_logps for groups, without prompt columns.
 
@@ -189,8 +191,11 @@ def compute_group_logps(
     shared: whether a prompt is run once for its group; see VLM.hidden_groups.
     chunk: time steps whose logits are computed together.
     temperature: temperature at which the responses were sampled.
+    rngs: random keys of dropout; None disables it.
   """
-  states = model.apply(variables, groups, shared=shared, method="hidden_groups")
+  states = model.apply(
+    variables, groups, shared=shared, method="hidden_groups", rngs=rngs
+  )
   first = jnp.broadcast_to(
     states.prompts[:, None, None],
     (*groups.tokens.shape[:2], 1, states.prompts.shape[1]),

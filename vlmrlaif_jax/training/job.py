@@ -72,6 +72,7 @@ class TrainingJob(NamedTuple):
   passes: dict[str, list[ModelPass]]
   alarms: ConfigDict  # See alarms.default_config.
   microbatches: int = 1  # Parts of a batch whose gradients are summed in turn.
+  dropout_key: jax.Array | None = None  # Random key of dropout; None disables it.
   hooks: Hooks = NO_HOOKS
   # Returns the batch of a step, on the devices.
   data: Callable[[int], Any] = _raise_no_data
@@ -91,7 +92,12 @@ def jit_update(
 ) -> Callable:
   """Returns the jitted update; see update.make_update."""
   return jax.jit(
-    updates.make_update(job.method.loss, tx, microbatches=job.microbatches),
+    updates.make_update(
+      job.method.loss,
+      tx,
+      microbatches=job.microbatches,
+      dropout_key=job.dropout_key,
+    ),
     donate_argnums=0,
     in_shardings=(state_shardings, None, None),  # None: the sharding of the argument.
     out_shardings=(state_shardings, None),

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import check_at_least, check_choices
-from vlmrlaif_jax.core.types import Loss, Metrics, Params, TrainState
+from vlmrlaif_jax.core.types import DROPOUT_KEY, Loss, Metrics, Params, TrainState
 
 Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
 
@@ -88,6 +88,7 @@ def make_update(
   tx: optax.GradientTransformation,
   *,
   microbatches: int = 1,
+  dropout_key: Key[Array, ""] | None = None,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
   """Returns an update step that descends the gradient of a loss.
 
@@ -95,7 +96,10 @@ def make_update(
     loss: (params, frozen, experience) -> Loss.
     tx: The optimizer.
     microbatches: Number of equal parts of the experience whose gradients are computed
-      in turn, to save memory. Gradient and metrics do not depend on it.
+      in turn, to save memory. Gradient and metrics do not depend on it, except by the
+      samples of dropout.
+    dropout_key: Random key of dropout, which the loss receives in `frozen`, different
+      for each update and part; None disables dropout.
 
   Returns:
     update: (state, frozen, experience) -> (state, metrics). It is pure. Jit it and
@@ -105,8 +109,9 @@ def make_update(
     update changes the step number only.
   """
 
-  def sum_part(params, frozen, part):
+  def sum_part(params, frozen, key, part):
     """Computes weight * gradient, weight * metrics and weight in float32."""
+    frozen = frozen if key is None else {**frozen, DROPOUT_KEY: key}
 
     def compute_mean(params):
       out = loss(params, frozen, part)
@@ -123,8 +128,11 @@ def make_update(
     return jax.tree.map(scale, grads), jax.tree.map(scale, metrics), weight
 
   def update(state, frozen, experience):
-    parts = _split_batch(experience, microbatches)
-    sum_one = lambda part: sum_part(state.params, frozen, part)
+    keys = None
+    if dropout_key is not None:
+      keys = jax.random.split(jax.random.fold_in(dropout_key, state.step), microbatches)
+    parts = keys, _split_batch(experience, microbatches)
+    sum_one = lambda part: sum_part(state.params, frozen, *part)
     shapes = jax.eval_shape(sum_one, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, part: (jax.tree.map(jnp.add, total, sum_one(part)), None)

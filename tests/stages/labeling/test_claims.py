@@ -4,6 +4,8 @@ import json
 import shutil
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -158,18 +160,42 @@ def test_dpo_trains_the_policy_and_takes_its_best_checkpoint(done):
   assert [row["step"] for row in told["of"]] == [0, 1, 2]
   for row in told["of"]:
     accepted = row["claims"] * (1 - row["denied"])
-    score = accepted - row["claims"] * row["denied"]
-    np.testing.assert_allclose(
-      row["score"] * len(claims_lib.select_held_out_prompts(run)), score
-    )
+    score = row["score"] * len(claims_lib.select_held_out_prompts(run))
+    denied = row["claims"] * row["denied"]
+    assert -denied - 1e-6 <= score <= accepted - denied + 1e-6
+    assert 0 <= row["right"] <= 1
     shown = run.workdir / "dpo_1" / "samples" / f"step_{row['step']}.jsonl"
     held = [example["id"] for example in claims_lib.select_held_out_prompts(run)][
       : dpo.MAX_LOGGED_ANSWERS
     ]
     assert [json.loads(line)["id"] for line in shown.open()] == held
-  best = max(row["score"] for row in told["of"][1:])
-  assert told["score"] == best
-  assert trained.summary["selected_step"] == told["step"] > 0
+  assert told["score"] == max(row["score"] for row in told["of"])
+  assert trained.summary["selected_step"] == told["step"]
+
+
+def test_score_counts_accepted_claims_of_right_responses_and_all_denied_ones():
+  yes, no = (0.9, 0.1), (0.2, 0.7)
+  rows = [{"chances": [each]} for each in ([yes, yes, no], [yes, yes], [no, None], [])]
+  assert dpo.score_claims(rows, [True, False, False, True]) == (2 - 1 - 1) / 4
+  assert dpo.score_claims(rows, [True] * 4) == (2 + 2 - 1 - 1) / 4
+
+
+def test_the_start_of_a_round_stays_if_no_checkpoint_is_better(
+  done, tmp_path, monkeypatch
+):
+  run, _, trained = done
+  shutil.copytree(run.workdir, tmp_path, dirs_exist_ok=True)
+  again = run._replace(workdir=tmp_path)
+  scores = iter([0.5, 0.4, 0.3])  # Of the start and of two checkpoints.
+  monkeypatch.setattr(dpo, "score_claims", lambda rows, right: next(scores))
+  folder = tmp_path / "dpo_1"
+  base = role_params.load_policy_variables(again, "sft_long")
+  start = jax.tree.map(jnp.asarray, trained.start)
+  with StageLog(folder, "dpo_1", 2, resume_from=2) as log:
+    summary = dpo.select_checkpoint(again, base, start, folder, log)
+  assert summary["selected_step"] == 0
+  found = role_params.load_policy(again, "dpo_1")["lora"]
+  chex.assert_trees_all_equal(jax.device_get(found), trained.start["policy"]["lora"])
 
 
 def test_policy_of_a_round_is_the_checkpoint_that_was_taken(done):

@@ -182,10 +182,16 @@ def _select_fixed_settings(config: ConfigDict) -> dict[str, Any]:
   }
 
 
-def make_labeler(run: Run, folder: pathlib.Path) -> tuple[ClaimLabeler, Params]:
+def make_labeler(
+  run: Run, folder: pathlib.Path, splitter: str = ""
+) -> tuple[ClaimLabeler, Params]:
   """Returns the labeler that the config selects, and its variables, {} for a server.
 
-  The replies of a server are saved in `folder`.
+  Args:
+    run: The run.
+    folder: Folder that saves the replies of a server.
+    splitter: Replaces config.claims.splitter. "whole" asks whether an answer to the
+      question is right.
   """
   config = run.config.claims
   variables: Params = {}
@@ -201,17 +207,19 @@ def make_labeler(run: Run, folder: pathlib.Path) -> tuple[ClaimLabeler, Params]:
     yes_no = lambda queries: claim_probabilities.compute_yes_no_probs(
       run, variables, queries, length=config.check_len, rows=config.check_rows
     )
-  divide = _make_divide_fn(run, server)
+  divide = _make_divide_fn(run, server, splitter or config.splitter)
   label = functools.partial(claims.check_claims, divide=divide, yes_no=yes_no)
   return label, variables
 
 
-def _make_divide_fn(run: Run, server: Callable[[], claims.AskFn]) -> claims.DivideFn:
+def _make_divide_fn(
+  run: Run, server: Callable[[], claims.AskFn], splitter: str
+) -> claims.DivideFn:
   config = run.config.claims
   prompts = claims.CLAIM_PROMPT_STYLES[run.config.model.prompts]
-  if config.splitter == "endpoint":
+  if splitter == "endpoint":
     return claims.ask_for_claims(server(), prompts)
-  if config.splitter == "self":  # The SFT policy, at temperature 0.
+  if splitter == "self":  # The SFT policy, at temperature 0.
     sampling = SamplingSettings(
       config.split_prompt_len, config.split_max_new, config.batch
     )
@@ -219,7 +227,7 @@ def _make_divide_fn(run: Run, server: Callable[[], claims.AskFn]) -> claims.Divi
     ask = answering.Answerer(run, variables, sampling).ask_judge
     return claims.ask_for_claims(ask, prompts)
   whole = lambda question, answer: [(question, answer)] if answer else []
-  rule = split_statements if config.splitter == "rules" else whole
+  rule = split_statements if splitter == "rules" else whole
   return claims.split_by_rules(rule, run.prompts.check)
 
 

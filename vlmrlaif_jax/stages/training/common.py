@@ -1,10 +1,12 @@
 """Configuration, jobs, batches and preferences that several training stages share."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -50,14 +52,17 @@ def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
 
 def fit_stage(run: Run, log: StageLog, job: TrainingJob) -> TrainState:
   """Trains the job of the log's stage on the run's mesh; see loop.fit_job."""
-  stage_number = sum(ord(c) * 31**i for i, c in enumerate(log.stage)) % 2**31
   return loop.fit_job(
     job,
-    key=jax.random.fold_in(jax.random.key(run.config.seed), stage_number),
+    key=_make_key(run, log.stage),
     place=lambda tree: sharding.shard_by_rules(tree, families.SHARDING, run.mesh),
     log=log,
     watch=run.watch,
   )
+
+
+def _make_key(run: Run, name: str) -> Key[Array, ""]:
+  return jax.random.fold_in(jax.random.key(run.config.seed), zlib.crc32(name.encode()))
 
 
 def make_training_job(run: Run, stage: str, **parts: Any) -> TrainingJob:
@@ -67,11 +72,15 @@ def make_training_job(run: Run, stage: str, **parts: Any) -> TrainingJob:
   """
   entry = get_stage(stage)
   config = run.config[entry.section]
+  dropout_key = None
+  if run.config.model.lora_dropout:
+    dropout_key = _make_key(run, f"{stage} dropout")
   return TrainingJob(
     schedule=entry.make_schedule(run.config),
     optimizer=config.optimizer,
     alarms=config.alarms,
     microbatches=config.microbatches,
+    dropout_key=dropout_key,
     **parts,
   )
 

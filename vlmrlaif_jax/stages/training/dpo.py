@@ -20,8 +20,15 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
-from vlmrlaif_jax.core.types import ComparedPairs, MethodModels, Params, merge_params
+from vlmrlaif_jax.core.types import (
+  ComparedPairs,
+  MethodModels,
+  Params,
+  TrainState,
+  merge_params,
+)
 from vlmrlaif_jax.data.records import PreferenceExample, order_by_preference
 from vlmrlaif_jax.methods import dpo as method
 from vlmrlaif_jax.models import vlm
@@ -34,9 +41,8 @@ from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training import checkpoint
 from vlmrlaif_jax.training.job import TrainingJob
 
-# Selection of a round's checkpoint: the last one, or the one whose responses have the
-# most accepted claims minus denied claims, on held-out prompts. The share of denied
-# claims alone would select the shortest responses.
+# Selection of a round's checkpoint: the last one, or the one with the best responses to
+# held-out prompts by their claims; see score_claims.
 CHECKPOINT_CHOICES = ("last", "claims")
 MAX_LOGGED_ANSWERS = 24  # Held-out prompts whose responses are logged per checkpoint.
 
@@ -168,8 +174,8 @@ def select_checkpoint(
 ) -> dict[str, Any]:
   """Selects a checkpoint on held-out prompts and writes selected.json.
 
-  arrays.restore reads the file. The selection depends on the labeler alone, not on the
-  ground truth.
+  arrays.restore reads the file. Step 0 is the start of the round, which is saved if it
+  is the best. The selection depends on the labeler alone, not on the ground truth.
 
   Args:
     run: The run.
@@ -182,6 +188,7 @@ def select_checkpoint(
     "selected_step" and "held_out_denied", the share of denied claims.
   """
   labeler, _ = claims.make_labeler(run, folder.parent)
+  whole_labeler, _ = claims.make_labeler(run, folder.parent, splitter="whole")
   examples = claims.select_held_out_prompts(run)
   sampling = answering.SamplingSettings(
     run.config.data.prompt_len, run.config.data.response_len, run.config.claims.batch
@@ -192,33 +199,62 @@ def select_checkpoint(
     rows = claims.make_claim_rows(policy, examples, labeler)
     log.write_samples(step, rows[:MAX_LOGGED_ANSWERS])
     rates = claims.compute_claim_rates(rows, [])
-    count, share = rates["claims"], rates["claims_denied"] or 0.0
-    score = count * (1 - 2 * share) / len(examples)
-    return {"step": step, "claims": count, "denied": share, "score": score}
+    whole = whole_labeler(examples, [row["answers"] for row in rows])
+    right = [each.score == 0 for (each,) in whole]
+    return {
+      "step": step,
+      "claims": rates["claims"],
+      "denied": rates["claims_denied"] or 0.0,
+      "right": sum(right) / len(right),
+      "score": score_claims(rows, right),
+    }
 
   checkpoints = str(folder / "checkpoints")
   measurements = [measure(0, like)]
-  for step in checkpoint.list_steps(checkpoints):
+  for step in filter(None, checkpoint.list_steps(checkpoints)):
     params = checkpoint.restore_saved_params(checkpoints, like, step)
     measurements.append(measure(step, params))
   log.print_table(
     f"{folder.name}: claims of greedy responses to {len(examples)} held-out prompts; "
-    "the score is accepted minus denied claims per response",
+    "the score is the accepted claims of right responses minus all denied claims, "
+    "per response",
     measurements,
   )
   # Of equal scores, the last one is selected.
-  best = max(reversed(measurements[1:]), key=lambda row: row["score"])
-  if best["score"] <= measurements[0]["score"]:
+  best = max(reversed(measurements), key=lambda row: row["score"])
+  if not best["step"]:
     log.print_note(
-      f"{folder.name}: no checkpoint is better than the start of the round; run fewer "
-      "rounds, or lower --config.dpo.optimizer.learning_rate"
+      f"{folder.name}: no checkpoint is better than the start of the round, which "
+      "stays the policy: run fewer rounds, lower "
+      "--config.dpo.optimizer.learning_rate, or raise --config.dpo.sft_coef"
     )
+    if 0 not in checkpoint.list_steps(checkpoints):
+      start = TrainState(jnp.int32(0), like, jnp.zeros(1))
+      keep = len(measurements)  # All others, and this one.
+      checkpoint.save_train_state(checkpoints, start, 0, keep=keep)
   chosen = {**best, "of": measurements}
   distributed.on_process_zero(lambda: write_json(folder / "selected.json", chosen))
   log.print_note(
     f"{folder.name}: selected step {best['step']}, {best['denied']:.1%} denied"
   )
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}
+
+
+def score_claims(rows: Sequence[JsonRow], right: Sequence[bool]) -> float:
+  """Returns the accepted claims of right responses minus all denied claims, on average.
+
+  The share of denied claims would prefer the shortest responses. The accepted claims of
+  all responses would prefer descriptions of the video that do not answer the question.
+
+  Args:
+    rows: Rows of claims.make_claim_rows with one response each.
+    right: Whether the labeler accepts each response as a whole.
+  """
+  score = 0
+  for row, is_right in zip(rows, right, strict=True):
+    accepted = [yes > no for yes, no in filter(None, row["chances"][0])]
+    score += is_right * sum(accepted) - accepted.count(False)
+  return score / len(rows)
 
 
 def workload(run: Run, stage: str) -> Workload:
