@@ -22,6 +22,7 @@ from tests.methods.roles import noisy
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, TrainState
 from vlmrlaif_jax.huggingface import convert, peft_adapters
+from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.serving import export
@@ -211,7 +212,9 @@ def test_reward_model_keeps_its_head(run, tmp_path):
   np.testing.assert_array_equal(head["weight"].T, want["params"]["head"]["kernel"])
   np.testing.assert_array_equal(head["bias"], want["params"]["head"]["bias"])
   factors = load_file(tmp_path / "rm" / "adapter_model.safetensors")
-  for name, factor in peft_adapters.convert_to_peft(want["lora"]["llm"]).items():
+  assert set(lora.UPDATES) <= set(want)  # That of SFT, and its own.
+  joined = lora.join_lora(want, run.config.model.lora_alpha)["llm"]
+  for name, factor in peft_adapters.convert_to_peft(jax.device_get(joined)).items():
     ours = name.replace(".model.layers", ".model.language_model.layers")
     np.testing.assert_array_equal(factors[ours], factor)
 

@@ -19,6 +19,13 @@ class TruthVerdict(NamedTuple):
   unsupported: list[str]  # Statements that are not true of the scene, in words.
   recall: float | None  # Share of the true statements that the description makes.
 
+  def compute_f1(self) -> float:
+    """Returns the harmonic mean of recall and the share of true statements."""
+    if not self.recall:
+      return 0.0
+    precision = 1 - len(self.unsupported) / self.claims
+    return 2 * precision * self.recall / (precision + self.recall)
+
 
 def count_answer_mistakes(example: Example, text: str) -> int | None:
   """Returns the number of mistakes of an answer, None without a scene.

@@ -20,8 +20,9 @@ from vlmrlaif_jax.evals.summary import (
 )
 from vlmrlaif_jax.report.files import Workdir, read_json_or_empty, read_stage_facts
 
-KIND_SUFFIX = ".accuracy"  # Suffix of the accuracy on one kind of question.
+KIND_SUFFIXES = (".accuracy", ".f1")  # Of measures of one kind of question.
 MEASURES = {  # Labels of the measures of held-out questions.
+  "mean_of_kinds": "Mean over kinds of questions",
   "accuracy": "Correct answers",
   "hallucination": "Unsupported statements",
   "judge_score": "Judge's score",
@@ -58,14 +59,15 @@ def format_verdict(run: Workdir) -> str:
     return "No verdict yet: the evaluation has not finished."
   before, after = run.pair
   policies = run.results["policies"]
+  measure = next(name for name in MEASURES if name in policies[after])
   values = [
-    f"{name.upper()} {format_interval(policies[name]['accuracy'], PERCENT)}"
+    f"{name.upper()} {format_interval(policies[name][measure], PERCENT)}"
     for name in dict.fromkeys([after, before])
   ]
-  sentence = f"Correct answers on held-out questions: {', '.join(values)}."
+  sentence = f"{MEASURES[measure]}, held-out videos: {', '.join(values)}."
   if before == after:
     return f"{sentence} There is no other policy to compare."
-  change = get_difference(run, "accuracy")
+  change = get_difference(run, measure)
   points = format_interval(change, POINTS._replace(unit=" points"), sign="+")
   if not is_sure(change):
     return f"{sentence} Difference: {points}, which may be chance."
@@ -81,12 +83,11 @@ def compare_all_policies(runs: Mapping[str, Workdir]) -> list[dict[str, JsonRow]
     for policy in run.results.get("policies", {}).values()
     for name in policy
   }
-  kinds = sorted(name for name in measures if name.endswith(KIND_SUFFIX))
-  first, *others = MEASURES
+  kinds = sorted(name for name in measures if name.endswith(KIND_SUFFIXES))
+  whole = [name for name in MEASURES if name in measures]
   return [
     {name: make_comparison_row(run, measure) for name, run in runs.items()}
-    for measure in (first, *kinds, *others)
-    if measure in measures
+    for measure in (*whole[:1], *kinds, *whole[1:])
   ]
 
 
@@ -102,8 +103,8 @@ def make_comparison_row(run: Workdir, measure: str) -> JsonRow:
     more_is_better = measure != "hallucination"
     better = after if (difference["mean"] > 0) == more_is_better else before
   return {
-    "label": MEASURES.get(measure, measure.removesuffix(KIND_SUFFIX).replace("_", " ")),
-    "part": measure.endswith(KIND_SUFFIX),
+    "label": MEASURES.get(measure, measure.split(".")[0].replace("_", " ")),
+    "part": measure.endswith(KIND_SUFFIXES),
     "n": find_largest_n(stats.values()),
     "stats": stats,
     "cells": format_row(stats, form),

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import bootstrap
+from vlmrlaif_jax.evals import bootstrap, world_truth
 from vlmrlaif_jax.evals.benchmarks import held_out, protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkModel, BenchmarkReply
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -77,7 +77,8 @@ def test_right_answers_have_full_marks(examples, right):
   assert means.pop("words") == np.mean([len(text.split()) for text in right.values()])
   assert means == {
     "accuracy": 1, "attribute.accuracy": 1, "motion.accuracy": 1,
-    "hallucination": 0, "recall": 1, "stopped": 1,
+    "hallucination": 0, "recall": 1, "stopped": 1, "description.f1": 1,
+    "mean_of_kinds": 1,
   }  # fmt: skip
   assert (found["accuracy"].n, found["recall"].n, found["stopped"].n) == (2, 2, 4)
 
@@ -94,7 +95,37 @@ def test_hallucination_is_over_all_claims_and_not_over_descriptions(
 
 def test_measures_by_kind_stand_last(examples, right):
   names = list(scores(rows_of(examples, right)))
-  assert names[-2:] == ["attribute.accuracy", "motion.accuracy"]
+  assert sorted(names[-3:]) == [
+    "attribute.accuracy",
+    "description.f1",
+    "motion.accuracy",
+  ]
+
+
+def test_each_kind_has_the_same_weight_in_the_mean_of_kinds(examples, right, wrong):
+  said = {**right, "d1": wrong["d1"], "motion": "The red object stays up."}
+  found = scores(rows_of(examples, said))
+  f1 = found["description.f1"].mean
+  assert 0 < f1 < 1
+  np.testing.assert_allclose(found["mean_of_kinds"].mean, (1 + 0 + f1) / 3)
+  # Five questions of one kind count as one.
+  many = [{**examples[0], "id": f"a{i}"} for i in range(4)]
+  said |= {each["id"]: right["attribute"] for each in many}
+  again = scores(rows_of([*examples, *many], said))
+  np.testing.assert_allclose(again["mean_of_kinds"].mean, (1 + 0 + f1) / 3)
+  assert again["accuracy"].mean > found["accuracy"].mean
+
+
+def test_a_single_kind_has_no_mean_of_kinds(examples, right):
+  assert "mean_of_kinds" not in scores(rows_of(examples[:1], right))
+
+
+def test_f1_of_a_description_by_hand():
+  verdict = world_truth.TruthVerdict("description", None, 4, ["a", "b"], 1 / 3)
+  np.testing.assert_allclose(
+    verdict.compute_f1(), 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)
+  )
+  assert verdict._replace(recall=0.0).compute_f1() == 0
 
 
 def test_policy_that_claims_nothing_has_no_rate_of_hallucination(examples, right):

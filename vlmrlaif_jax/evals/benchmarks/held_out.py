@@ -2,13 +2,17 @@
 
 The embedded world's truth is exact. A short answer is right or wrong. Each statement of
 a description is true or unsupported, and the hallucination rate is the unsupported
-share of all statements (Rohrbach et al. 2018, 1809.02156). A user's own videos have
-only a reference answer, which an answer matches or not; see feedback/answers.py.
+share of all statements (Rohrbach et al. 2018, 1809.02156). The headline is the mean
+over kinds of questions, with F1 of statements for descriptions.
+
+A user's own videos have only a reference answer, which an answer matches or not; see
+feedback/answers.py.
 
 The judge that labeled the preferences also compares two policies. If it finds more
 progress than truth does, the policy exploits the judge.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,6 +42,7 @@ from vlmrlaif_jax.feedback.pairwise_judge import (
 SOURCE = protocol.Source(
   "held-out questions", "the section data", "  data.benchmark or the embedded world"
 )
+MEAN_OF_KINDS = "mean_of_kinds"
 SETTINGS = {
   "judge": True,  # Compares the answers of two policies by a judge.
   # Numbers of answers to sample, such as (4, 16), for best-of-n with the last policy.
@@ -93,10 +98,36 @@ def run(
       for (example, _), score in zip(answered, scores, strict=True)
       if score is not None
     }
-  return [
-    score_answer(question, example, reply, rewards.get(question.id))
-    for question, example, reply in zip(questions, items, replies, strict=True)
-  ]
+  return weigh_kinds(
+    [
+      score_answer(question, example, reply, rewards.get(question.id))
+      for question, example, reply in zip(questions, items, replies, strict=True)
+    ]
+  )
+
+
+def weigh_kinds(cases: Sequence[ScoredCase]) -> list[ScoredCase]:
+  """Adds the mean over kinds of questions: accuracies, and F1 of descriptions.
+
+  Each kind has the same weight, so that no kind decides the result by its frequency. It
+  is added if there are several kinds.
+  """
+  scores = {
+    i: (name, value)
+    for i, case in enumerate(cases)
+    for name, value in case.values.items()
+    if name.endswith((".accuracy", ".f1"))
+  }
+  counts = collections.Counter(name for name, _ in scores.values())
+  if len(counts) < 2:
+    return [*cases]
+  weighed = [*cases]
+  for i, (name, value) in scores.items():
+    case = cases[i]
+    weights = {**case.weights, MEAN_OF_KINDS: 1 / counts[name]}
+    values = {**case.values, MEAN_OF_KINDS: value}
+    weighed[i] = case._replace(values=values, weights=weights)
+  return weighed
 
 
 def score_answer(
@@ -125,6 +156,7 @@ def score_answer(
   if verdict.recall is not None:
     tallies["hallucination"] = (len(verdict.unsupported), verdict.claims)
     tallies["recall"] = (verdict.recall, 1)
+    tallies["description.f1"] = (verdict.compute_f1(), 1)
   tallies |= {"words": (len(reply.text.split()), 1), "stopped": (reply.stopped, 1)}
   if reward is not None:
     tallies["reward"] = (reward, 1)
@@ -205,7 +237,7 @@ BENCHMARKS = (
     run,
     settings=SETTINGS,
     scoring="rules",
-    shares=("hallucination", "recall", "stopped", "judge_unread"),
+    shares=(MEAN_OF_KINDS, "f1", "hallucination", "recall", "stopped", "judge_unread"),
     check=check,
     compare=compare_policies,
   ),
