@@ -30,6 +30,7 @@ KINDS = {"descriptions": True, "short answers": False}
 TRUTHS = ("unsupported", "mistakes")
 CHANGE = "A - B"
 SEED_COLUMNS = (
+  TableLine("mean over kinds", "mean_of_kinds", POINTS),
   TableLine("correct answers", "accuracy", POINTS),
   TableLine("false premise", "false_premise.accuracy", POINTS),
   TableLine("unsupported statements", "hallucination", POINTS),
@@ -39,9 +40,11 @@ SEED_COLUMNS = (
 )
 QUESTIONS = ("attribute", "count", "motion", "event", "order", "presence")
 WORKDIR_ROWS = (
+  TableLine("mean over kinds", "mean_of_kinds", POINTS),
   TableLine("correct answers", "accuracy", POINTS),
   *(TableLine(f"- {kind}", f"{kind}.accuracy", POINTS) for kind in QUESTIONS),
   TableLine("- false premise", "false_premise.accuracy", POINTS),
+  TableLine("- description, F1", "description.f1", POINTS),
   TableLine("unsupported statements", "hallucination", POINTS),
   TableLine("true statements made", "recall", POINTS),
 )

@@ -216,8 +216,9 @@ def test_seeds_share_a_row_with_their_mean_and_each(tmp_path):
   first = write_evaluation(tmp_path / "a", sft=policy(0.5, 4), dpo_1=policy(0.75, 3))
   second = write_evaluation(tmp_path / "b", sft=policy(0.25, 5), dpo_1=policy(0.5, 2))
   _, sft, dpo = cells(comparisons.summarize_seeds([first, second]))
-  assert sft[:3] == ["sft", "37.5 (50.0, 25.0)", "37.5 (50.0, 25.0)"]
-  assert dpo[:2] == ["dpo_1", "62.5 (75.0, 50.0)"]
+  # The mean over kinds was not measured.
+  assert sft[:4] == ["sft", "", "37.5 (50.0, 25.0)", "37.5 (50.0, 25.0)"]
+  assert dpo[:3] == ["dpo_1", "", "62.5 (75.0, 50.0)"]
   assert dpo[-3:] == ["", "", "2.5 (3.0, 2.0)"]  # The others were not measured.
 
 
