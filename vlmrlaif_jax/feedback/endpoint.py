@@ -34,7 +34,7 @@ from vlmrlaif_jax.data.video import (
   VideoError,
   VideoPath,
   list_media,
-  read_video,
+  read_video_in_worker,
 )
 from vlmrlaif_jax.feedback import http_client, server_failures
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery, ask_unique, make_query_key
@@ -289,7 +289,7 @@ class Endpoint:
     urls = []
     side = self._config.side
     reading = Reading(ByCount(self._config.frames), within=(side, side))
-    for frame in read_video(video, reading).pixels:
+    for frame in read_video_in_worker(video, reading).pixels:
       data = io.BytesIO()
       Image.fromarray(frame).save(data, format="JPEG", quality=90)
       coded = base64.b64encode(data.getvalue()).decode()
