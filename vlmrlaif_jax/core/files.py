@@ -42,9 +42,10 @@ def open_replacing(path: Path) -> Iterator[BinaryIO]:
   Args:
     path: The file to replace, which may be missing.
   """
+  # No file or link has this name, or the open fails.
   unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
   try:
-    with name_file_in_errors(path), unfinished.open("wb") as file:
+    with name_file_in_errors(path), unfinished.open("xb") as file:
       yield file
     unfinished.replace(path)
   finally:
