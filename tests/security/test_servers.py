@@ -6,6 +6,7 @@ import functools
 import gzip
 import socket
 import threading
+import time
 
 import pytest
 
@@ -49,6 +50,7 @@ REPLY = completion("A reply that is read.")
 BOMB = gzip.compress(gzip.compress(REPLY))  # Real ones expand to gigabytes.
 HOSTILE = {
   "compressed": status(200, BOMB, Content_Encoding="gzip, gzip"),
+  "brotli": status(200, BOMB, Content_Encoding="br"),
   "compressed error": status(400, BOMB, Content_Encoding="gzip, gzip"),
   "large": sends(REPLY + b" " * 2000),
   "large error": status(400, REPLY + b" " * 2000),
@@ -116,6 +118,21 @@ def test_an_exchange_with_a_judge_has_one_deadline(make, kind):
   with endless_server(*ENDLESS[kind]) as url:
     with pytest.raises(Stopped, match="timeout"):
       ask(make(url=url, timeout_s=0.5), "a")
+
+
+def test_headers_of_megabytes_end_the_exchange(make):
+  with endless_server(START, b"X: " + b"y" * (1 << 20)) as url:
+    with pytest.raises(Stopped, match="no connection"):
+      ask(make(url=url, timeout_s=20.0), "a")
+
+
+@pytest.mark.parametrize("value", ["-5", "nan", "inf", "1e300", "9" * 5000, "x", ""])
+def test_a_time_to_wait_that_is_wrong_is_not_waited_for(server, make, value):
+  server.faults = [status(503, Retry_After=value)]
+  start = time.monotonic()
+  with contextlib.suppress(Stopped):  # The client does not retry after a long time.
+    assert ask(make(retries=1), "a") == ["re: a"]
+  assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("kind", ["headers", "content"])
