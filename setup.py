@@ -21,6 +21,9 @@ PLAN = [f"jax[tpu]; {HERE}"]
 PLAN_GPU = [f"jax[cuda12-local]; {HERE}", f"nvidia-cuda-nvcc-cu12; {HERE}"]
 DOCS = ["latex2mathml", "mkdocs-material", "mkdocstrings[python]"]
 CUDNN = f"nvidia-cudnn-cu12<10; {HERE}"
+# Older servers read files for others, or stall: CVE-2026-28414 of Gradio,
+# CVE-2026-40347 of python-multipart, CVE-2025-62727 of Starlette.
+CHAT = ["gradio>=6.7", "python-multipart>=0.0.26", "starlette>=0.49.1"]
 
 
 setup(
@@ -49,11 +52,11 @@ setup(
     "openai>=1.109",
     "optax",
     "orbax-checkpoint",
-    "pillow>=12",
+    "pillow>=12.3",  # Older ones write out of bounds, CVE-2026-59199. 13 is safer.
     "pyarrow>=14.0.1",  # Older ones run code of Parquet files, CVE-2023-47248.
     "rich",
     "safetensors",
-    "sentencepiece",
+    "sentencepiece>=0.2.1",  # Models of others corrupt older ones, CVE-2026-1260.
     "tensorboardX",
     "tensorflow-datasets",
     "tokenizers",
@@ -64,10 +67,10 @@ setup(
   },
   extras_require={
     "test": [
+      *CHAT,
       *DOCS,
       "beartype",
       f"decord; {HERE}",
-      "gradio>=6",
       "httpx",
       "matplotlib",
       "mypy",
@@ -86,7 +89,7 @@ setup(
     ],
     "test-compilers": [*PLAN, *PLAN_GPU],
     "bench": ["matplotlib"],
-    "chat": ["gradio>=6"],
+    "chat": CHAT,
     "decord": ["decord"],
     "dev": ["mypy", "pre-commit", "ruff"],
     "docs": DOCS,

@@ -175,19 +175,12 @@ def print_answers(chat, limits, question) -> None:
 def serve(chat, limits, question) -> None:
   """Serves the page until the program is stopped."""
   try:
-    from vlmrlaif_jax.core import distributed
     from vlmrlaif_jax.serving import chat_page
   except ImportError as error:
     exit_with_error(f'{error}: the page needs gradio; pip install -e ".[chat]"')
   page = chat_page.make_chat_page(
     chat, limits, title=WORKDIR.value or MODEL.value, defaults=question
   )
-  if not distributed.is_loopback(HOST.value):
-    print(
-      f"--host={HOST.value}: everyone who reaches this address can use the model and "
-      "upload clips, because the page has no accounts",
-      file=sys.stderr,
-    )
   chat_page.launch_page(page, host=HOST.value, port=PORT.value, max_mb=limits.max_mb)
 
 

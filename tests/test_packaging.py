@@ -7,8 +7,11 @@ import sys
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import vlmrlaif_jax
+from tools import list_versions
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -57,3 +60,38 @@ def test_a_wheel_has_the_version_of_the_package(wheel):
 def test_test_dependencies_have_no_compilers(wheel):
   extra = re.findall(r'^Requires-Dist: (.*extra == "test".*)$', wheel[1], re.M)
   assert extra and not [line for line in extra if re.search("tpu|cuda|nvidia", line)]
+
+
+# constraints.txt.
+
+
+@pytest.fixture(scope="module")
+def pinned():
+  lines = (ROOT / "constraints.txt").read_text().splitlines()
+  pairs = (line.split("==") for line in lines if not line.startswith("#"))
+  return dict(pairs)
+
+
+def test_pinned_versions_satisfy_the_package(wheel, pinned):
+  lines = re.findall(r"^Requires-Dist: (.+)$", wheel[1], re.M)
+  needed = [(canonicalize_name(x.name), x) for x in map(Requirement, lines)]
+  wrong = [
+    f"{each}: {pinned[name]}"
+    for name, each in needed
+    if name in pinned and pinned[name] not in each.specifier
+  ]
+  assert wrong == []
+  is_tested = lambda each: (
+    each.marker is None or each.marker.evaluate({"extra": "test"})
+  )
+  assert {name for name, each in needed if is_tested(each)} <= set(pinned)
+
+
+def test_versions_of_indirect_requirements_are_pinned(pinned):
+  found = list_versions.find_required("pytest")
+  assert {"iniconfig", "pluggy"} <= set(found) <= set(pinned) and "pytest" not in found
+
+
+def test_no_version_is_that_of_a_build(pinned):
+  assert "torch" in pinned
+  assert all(re.fullmatch(r"[0-9][0-9a-z.!]*", version) for version in pinned.values())

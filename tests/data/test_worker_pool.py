@@ -13,12 +13,14 @@ import pytest
 from vlmrlaif_jax.data import worker_pool
 
 PROGRAM = """
-import os, pathlib, sys
+import os, pathlib, sys, time
 from vlmrlaif_jax.data import worker_pool
 def answer(request):
   print("noise")
   if request == "pid":
     return os.getpid()
+  if request == "hang":
+    time.sleep(600)
   if isinstance(request, str):
     pathlib.Path(request).touch()
     return b"x" * (1 << 20)
@@ -133,3 +135,36 @@ def test_worker_ends_with_its_parent(tmp_path):
     assert ours.recv() is None  # It has started.
     ours.send(1)
   assert worker.wait(timeout=120) == 0
+
+
+def test_serial_worker_stays_until_it_hangs_or_dies_or_is_old():
+  worker = worker_pool.SerialWorker(COMMAND, lifetime=4)
+  first = worker.ask("pid", 120.0)
+  assert (worker.ask(3, 120.0), worker.ask("pid", 120.0)) == (b"xxx", first)
+  assert worker.ask("hang", 0.2) == "no answer within 0.2 s"
+  second = worker.ask("pid", 120.0)
+  assert second != first
+  os.kill(second, signal.SIGKILL)
+  worker._worker.process.wait()
+  pids = [worker.ask("pid", 120.0) for _ in range(5)]
+  assert len({second, *pids[:4]}) == 2 and pids[4] not in pids[:4]
+  for pid in (first, second, pids[0]):
+    with pytest.raises(ProcessLookupError):
+      os.kill(pid, 0)
+
+
+def test_serial_worker_that_cannot_start_is_an_error_each_time():
+  worker = worker_pool.SerialWorker([sys.executable, "-c", "raise SystemExit(3)"])
+  for _ in range(2):
+    with pytest.raises(RuntimeError, match="exit status 3"):
+      worker.ask(1, 120.0)
+
+
+def test_interrupted_caller_leaves_no_answer_behind(monkeypatch):
+  worker = worker_pool.SerialWorker(COMMAND)
+  assert worker.ask(1, 120.0) == b"x"
+  with monkeypatch.context() as patch:
+    patch.setattr(worker_pool._Worker, "await_answer", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      worker.ask(2, 120.0)
+  assert worker.ask(3, 120.0) == b"xxx"

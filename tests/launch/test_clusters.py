@@ -240,8 +240,15 @@ def test_slurm_without_a_recipe_says_how(call):
 
 
 @pytest.fixture(scope="module")
-def job_set():
-  return yaml.safe_load((ROOT / "launch" / "cluster" / "gke.yaml").read_text())
+def gke():
+  """The objects of the file by kind."""
+  text = (ROOT / "launch" / "cluster" / "gke.yaml").read_text()
+  return {each["kind"]: each for each in yaml.safe_load_all(text)}
+
+
+@pytest.fixture(scope="module")
+def job_set(gke):
+  return gke["JobSet"]
 
 
 def job_of(job_set):
@@ -271,6 +278,17 @@ def test_gke_has_a_pod_for_each_host_of_the_slice(job_set):
   rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
   chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
   assert job["parallelism"] == job["completions"] == int(rows) * int(columns) // chips
+
+
+def test_gke_lets_only_pods_of_the_job_reach_each_other(gke, job_set):
+  policy = gke["NetworkPolicy"]["spec"]
+  own = {"jobset.sigs.k8s.io/jobset-name": job_set["metadata"]["name"]}
+  assert policy["podSelector"]["matchLabels"] == own
+  assert policy["policyTypes"] == ["Ingress"]
+  assert policy["ingress"] == [{"from": [{"podSelector": {"matchLabels": own}}]}]
+  # A policy does not apply to pods in the network of their host.
+  pod = job_of(job_set)["template"]["spec"]
+  assert "hostNetwork" not in pod
 
 
 # What all of them go by.

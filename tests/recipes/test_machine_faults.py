@@ -85,8 +85,8 @@ def test_other_errors_keep_their_traceback(tmp_path, error):
 def test_a_write_without_space_names_its_file(tmp_path, monkeypatch):
   path = tmp_path / "rates.json"
   real = pathlib.Path.open
-  fill = lambda self, mode="r", **more: real(
-    FULL if mode == "wb" else self, mode, **more
+  fill = lambda self, mode="r", **more: (
+    real(FULL, "wb") if mode == "xb" else real(self, mode, **more)
   )
   monkeypatch.setattr(pathlib.Path, "open", fill)
   for write in (

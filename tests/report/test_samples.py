@@ -3,12 +3,11 @@
 import json
 import math
 
-import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.made_run import answer, block_row, write_lines, write_video
 from vlmrlaif_jax.report import samples, sources
-from vlmrlaif_jax.report.samples import encode_strip
 from vlmrlaif_jax.report.sources import (
   MAX_ANSWERS,
   MAX_FOLLOWED,
@@ -258,8 +257,9 @@ def test_a_part_of_a_video_is_a_clip_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("frame", "size"), [((720, 1280), (142, 80)), ((40, 400), (144, 14))]
+  ("frame", "size"), [((1280, 720), (142, 80)), ((400, 40), (144, 14))]
 )
-def test_frames_keep_their_shape(frame, size):
-  found = encode_strip(np.zeros((2, *frame, 3), np.uint8))
+def test_frames_keep_their_shape(frame, size, tmp_path):
+  Image.new("RGB", frame).save(tmp_path / "a.png")
+  found = samples.load_clip(tmp_path, str(tmp_path / "a.png"))
   assert (found["width"], found["height"]) == size

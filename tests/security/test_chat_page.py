@@ -3,6 +3,7 @@
 import pathlib
 
 import gradio as gr
+import httpx
 import numpy as np
 import pytest
 from starlette.applications import Starlette
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from tests.helpers.browser import browsing
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.serving import chat_page
 from vlmrlaif_jax.serving.chat_clip import ClipLimits
 from vlmrlaif_jax.serving.chat_guard import MAX_BODY_BYTES, UPLOAD_PATH, ChatGuard
@@ -124,6 +126,103 @@ def test_the_queue_is_bounded():
   chat_page.launch_page(page, host="127.0.0.1", port=0, max_mb=1.0, wait=False)
   page.close()
   assert page._queue.max_size == chat_page.MAX_WAITING
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_an_address_that_others_reach_is_noted(host, warns, capsys):
+  page = make_page()
+  chat_page.launch_page(page, host=host, port=0, max_mb=1.0, wait=False)
+  page.close()
+  assert (f"--host={host}: everyone" in capsys.readouterr().err) is warns
+
+
+@pytest.fixture(scope="module")
+def address():
+  page = make_page()
+  chat_page.launch_page(page, host="127.0.0.1", port=0, max_mb=1.0, wait=False)
+  yield page.local_url.rstrip("/")
+  page.close()
+
+
+NAMES = ("/etc/passwd", "/proc/self/environ", "../../../../etc/passwd", "%2e%2e/passwd")
+ROUTES = (
+  *("/file=", "/gradio_api/file=", "/file/", "/gradio_api/file/", "/proxy=file://"),
+  *("/gradio_api/stream/", "/static/", "/assets/", "/svelte/", "/custom_component/x/"),
+  *("/theme.css?", "/gradio_api/proxy=file://", "/gradio_api/deep_link?a="),
+)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_path_leads_to_a_file_or_another_server(address, route, monkeypatch):
+  monkeypatch.setenv("A_KEY", "sk-very-secret")
+  for name in NAMES:
+    reply = httpx.get(address + route + name, follow_redirects=False)
+    assert "root:" not in reply.text and "sk-very-secret" not in reply.text
+
+
+@pytest.mark.parametrize(
+  "route", ["/proxy=", "/gradio_api/proxy=", "/gradio_api/file="]
+)
+def test_the_page_is_no_proxy(address, route, http_server):
+  http_server.clear()
+  http_server.expect_request("/a").respond_with_data(b"secret")
+  reply = httpx.get(f"{address}{route}{http_server.url_for('/a')}")
+  assert http_server.log == [] and "secret" not in reply.text
+
+
+def test_the_interface_is_not_described(address):
+  assert httpx.get(f"{address}/openapi.json").status_code == 404
+
+
+def send_clip(address, value):
+  """The events of the queue after a clip was selected."""
+  asked = {"data": [value], "fn_index": 0, "session_hash": "s", "trigger_id": 1}
+  httpx.post(f"{address}/gradio_api/queue/join", json=asked).raise_for_status()
+  url = f"{address}/gradio_api/queue/data?session_hash=s"
+  return httpx.get(url, timeout=60.0).text
+
+
+@pytest.fixture
+def received(monkeypatch):
+  """The paths of clips that the page was asked to read."""
+  paths = []
+
+  def read(chat, given, limits):
+    paths.extend(given)
+    raise UserError("no model")
+
+  monkeypatch.setattr(chat_page, "read_clips", read)
+  return paths
+
+
+def test_an_upload_is_read(address, received, tmp_path):
+  files = {"files": ("../../a b<img>.mp4", b"clip")}
+  [path] = httpx.post(address + UPLOAD_PATH, files=files).json()
+  send_clip(address, {"path": path, "meta": {"_type": "gradio.FileData"}})
+  [own] = map(pathlib.Path, received)
+  assert own.is_relative_to(chat_page.make_upload_folder())
+  assert own.read_bytes() == b"clip"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../etc/passwd", "{}/../passwd"])
+def test_a_path_in_place_of_an_upload_is_rejected(address, received, path):
+  path = path.format(chat_page.make_upload_folder())
+  send_clip(address, {"path": path, "meta": {"_type": "gradio.FileData"}})
+  assert received == []
+
+
+@pytest.mark.parametrize(
+  "host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0"]
+)
+def test_a_url_in_place_of_an_upload_is_not_fetched(
+  address, received, host, http_server
+):
+  http_server.clear()
+  http_server.expect_request("/a.mp4").respond_with_data(b"clip")
+  url = f"http://{host}:{http_server.port}/a.mp4"
+  for value in ({"path": url}, {"path": "a.mp4", "url": url}):
+    send_clip(address, {**value, "meta": {"_type": "gradio.FileData"}})
+  assert http_server.log == [] and received == []
 
 
 def test_titles_problems_and_answers_are_text():

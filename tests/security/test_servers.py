@@ -1,12 +1,17 @@
 """Servers of others cannot end a run, fill its memory, or learn or spread its key."""
 
 import asyncio
+import contextlib
+import functools
 import gzip
 import socket
 import threading
+import time
 
 import pytest
 
+from tests.engine.policy import make_sampler
+from tests.engine.policy import sample as sample_rollout
 from tests.feedback.chat_server import Chat, completion, sends, status
 from tests.feedback.terms.samples import sample
 from vlmrlaif_jax.core.interrupts import Stopped
@@ -45,6 +50,7 @@ REPLY = completion("A reply that is read.")
 BOMB = gzip.compress(gzip.compress(REPLY))  # Real ones expand to gigabytes.
 HOSTILE = {
   "compressed": status(200, BOMB, Content_Encoding="gzip, gzip"),
+  "brotli": status(200, BOMB, Content_Encoding="br"),
   "compressed error": status(400, BOMB, Content_Encoding="gzip, gzip"),
   "large": sends(REPLY + b" " * 2000),
   "large error": status(400, REPLY + b" " * 2000),
@@ -70,30 +76,88 @@ def test_a_reply_nested_deeply_is_malformed(server, make):
   assert describe_error("[" * 100_000, "").startswith("[")
 
 
-@pytest.mark.parametrize("endless", [b"HTTP/1.1 103 Early Hints\r\n\r\n", b"X: y\r\n"])
-def test_an_exchange_has_one_deadline(make, endless):
-  """A server that sends headers, or interim replies, until the client leaves."""
+START = b"HTTP/1.1 200 OK\r\n"
+ENDLESS = {
+  "interim replies": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+  "headers": (START, b"X: y\r\n"),
+  "extension of a chunk": (
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+    b"x",
+  ),
+  "content": (START + b"Content-Length: 9999\r\n\r\n", b" "),
+}
 
-  def serve():
-    connection, _ = listener.accept()
-    with connection:
+
+@contextlib.contextmanager
+def endless_server(start, endless):
+  """A server that sends bytes until the client leaves; yields its url."""
+
+  def serve(connection):
+    with connection, contextlib.suppress(OSError):
       connection.recv(65536)
-      connection.sendall(endless if b"103" in endless else b"HTTP/1.1 200 OK\r\n")
+      connection.sendall(start)
       while not left.wait(0.05):
-        try:
-          connection.sendall(endless)
-        except OSError:
-          return
+        connection.sendall(endless)
+
+  def accept():
+    with contextlib.suppress(OSError):
+      while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=serve, args=(connection,)).start()
 
   left = threading.Event()
   with socket.create_server(("127.0.0.1", 0)) as listener:
-    thread = threading.Thread(target=serve)
-    thread.start()
-    judge = make(url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeout_s=0.5)
-    with pytest.raises(Stopped, match="timeout"):
-      ask(judge, "a")
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     left.set()
-    thread.join()
+    listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_an_exchange_with_a_judge_has_one_deadline(make, kind):
+  with endless_server(*ENDLESS[kind]) as url:
+    with pytest.raises(Stopped, match="timeout"):
+      ask(make(url=url, timeout_s=0.5), "a")
+
+
+def test_headers_of_megabytes_end_the_exchange(make):
+  with endless_server(START, b"X: " + b"y" * (1 << 20)) as url:
+    with pytest.raises(Stopped, match="no connection"):
+      ask(make(url=url, timeout_s=20.0), "a")
+
+
+@pytest.mark.parametrize("value", ["-5", "nan", "inf", "1e300", "9" * 5000, "x", ""])
+def test_a_time_to_wait_that_is_wrong_is_not_waited_for(server, make, value):
+  server.faults = [status(503, Retry_After=value)]
+  start = time.monotonic()
+  with contextlib.suppress(Stopped):  # The client does not retry after a long time.
+    assert ask(make(retries=1), "a") == ["re: a"]
+  assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("kind", ["headers", "content"])
+def test_an_exchange_with_a_server_of_rollouts_has_one_deadline(kind, tmp_path):
+  with endless_server(*ENDLESS[kind]) as url:
+    sampler = make_sampler(tmp_path, url, timeout_s=0.5, patience_s=0.1)
+    with pytest.raises(Stopped, match="timeout"):
+      sample_rollout(sampler)
+
+
+@pytest.mark.parametrize("fault", ["compressed", "large", "deep"])
+def test_replies_of_a_server_of_rollouts_have_the_same_limits(
+  http_server, tmp_path, monkeypatch, fault
+):
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setattr(http_client, "MAX_REPLY_BYTES", 1500)
+  does = {**HOSTILE, "deep": sends(b"[" * 1400)}[fault]
+  http_server.clear()
+  for name in ("load_lora_adapter", "completions"):
+    respond = does if name == "completions" else sends(b"loaded")
+    expected = http_server.expect_request(f"/v1/{name}")
+    expected.respond_with_handler(functools.partial(respond, None))
+  sampler = make_sampler(tmp_path, http_server.url_for("/v1"), patience_s=0.1)
+  with pytest.raises(Stopped, match="the reply|malformed"):
+    sample_rollout(sampler)
 
 
 def test_the_key_is_blanked_in_a_reply(server, make, tmp_path):

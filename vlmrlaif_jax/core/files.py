@@ -11,6 +11,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+MAX_JSON_MB = 256  # Size of a JSON file; the largest tokenizers have 35 MB.
+
+
+def check_readable(path: Path) -> None:
+  """Checks that a path is a regular file, which ends, of at most MAX_JSON_MB.
+
+  Raises:
+    ValueError: The path is something else, or the file is larger.
+  """
+  if not path.is_file():
+    raise ValueError(f"{path} is not a regular file. Give the folder of a checkpoint.")
+  if (size := path.stat().st_size / 1e6) > MAX_JSON_MB:
+    raise ValueError(f"{path} has {size:.0f} MB; at most {MAX_JSON_MB} MB are read.")
+
 
 def hash_file(path: Path) -> str:
   """Returns the hexadecimal SHA-256 of a file's content, "" without a file."""
@@ -42,9 +56,10 @@ def open_replacing(path: Path) -> Iterator[BinaryIO]:
   Args:
     path: The file to replace, which may be missing.
   """
+  # No file or link has this name, or the open fails.
   unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
   try:
-    with name_file_in_errors(path), unfinished.open("wb") as file:
+    with name_file_in_errors(path), unfinished.open("xb") as file:
       yield file
     unfinished.replace(path)
   finally:
@@ -72,12 +87,13 @@ def read_json(path: Path, default: Any = None) -> Any:
 
   Raises:
     FileNotFoundError: The file does not exist, and `default` is None.
-    ValueError: The file is not JSON.
+    ValueError: The file is not JSON, not a regular file, or larger than MAX_JSON_MB.
   """
   if not path.exists():
     if default is None:
       raise FileNotFoundError(f"{path.parent} has no {path.name}")
     return default
+  check_readable(path)
   try:
     return json.loads(path.read_bytes())
   except (ValueError, RecursionError) as error:  # Python limits the nesting.

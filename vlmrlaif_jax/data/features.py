@@ -12,8 +12,6 @@ processes encode the same video.
 import contextlib
 import hashlib
 import itertools
-import math
-import os
 import pathlib
 import re
 import time
@@ -29,7 +27,6 @@ from vlmrlaif_jax.core.files import open_replacing, read_json, write_json
 from vlmrlaif_jax.core.prefetch import prefetch
 from vlmrlaif_jax.core.types import Phase, ignore_phase
 from vlmrlaif_jax.data import video
-from vlmrlaif_jax.data.decoding.files import check_regular_file
 from vlmrlaif_jax.data.processors.interface import (
   Grid,
   ProcessedVideo,
@@ -38,13 +35,11 @@ from vlmrlaif_jax.data.processors.interface import (
   mark_several,
   process_frames,
 )
-from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.data.video import (
   Media,
   MediaList,
   VideoPath,
   format_video_name,
-  list_files,
   list_media,
 )
 
@@ -58,7 +53,6 @@ Share = Callable[[Callable[[], Any]], list[Any]]
 # format_video_name.
 EncodedVideos = dict[str, tuple[Float16[np.ndarray, "..."], Visual] | str]
 GB = 1e9  # Bytes.
-WHOLE = (0.0, math.inf)  # Start and end of a video that is not a part of another.
 # Files of `open_replacing`, by names of `_name_files`.
 UNFINISHED = re.compile(r"[0-9a-f]{32}\.(npy|json)\.[0-9a-f]{32}\.tmp")
 STALE_S = 24 * 3600  # Seconds after which an unfinished file is removed.
@@ -194,7 +188,9 @@ def build_feature_store(
   _remove_stale(folder)
   named = {format_video_name(path): path for path in paths}
   reading = processor.make_reading(decoder)
-  files, failures = _name_files(named, folder, f"{encoder} {reading.describe()}")
+  hashes = video.hash_videos(list(named.values()), workers=workers, timeout_s=timeout_s)
+  encoding = f"{encoder} {reading.describe()}"
+  files, failures = _name_files(zip(named, hashes, strict=True), folder, encoding)
   layouts = _read_layouts(files, processor, note)
   todo = {name: named[name] for name in files if name not in layouts}
   frames = video.read_videos(
@@ -249,16 +245,16 @@ def _write_all(
 
 
 def _name_files(
-  named: dict[str, VideoPath], folder: pathlib.Path, encoding: str
+  hashes: Iterable[tuple[str, bytes | str]], folder: pathlib.Path, encoding: str
 ) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
   """Returns the file of each video, and the reasons why others cannot be read."""
   files, failures = {}, {}
-  for name, path in named.items():
-    try:
-      key = hashlib.sha256(f"{hash_video(path)} {encoding}".encode()).hexdigest()[:32]
-      files[name] = folder / f"{key}.npy"
-    except OSError as error:
-      failures[name] = str(error)
+  for name, content in hashes:
+    if isinstance(content, str):
+      failures[name] = content
+      continue
+    key = hashlib.sha256(f"{content.hex()} {encoding}".encode()).hexdigest()[:32]
+    files[name] = folder / f"{key}.npy"
   return files, failures
 
 
@@ -380,20 +376,3 @@ def _remove_stale(folder: pathlib.Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # Another run may remove it first.
       if time.time() - file.stat().st_mtime > STALE_S:
         file.unlink()
-
-
-def hash_video(path: VideoPath) -> str:
-  """Hashes the bytes of a video, or of all its frames, and the part that it names.
-
-  Raises:
-    OSError: A file is missing, or is not a regular file.
-  """
-  digest = hashlib.sha256()
-  for file in list_files(path):
-    check_regular_file(file)
-    with open(file, "rb") as stream:
-      digest.update(hashlib.file_digest(stream, "sha256").digest())
-  if isinstance(path, str | os.PathLike):
-    _, start, end = split_time_range(os.fspath(path))
-    digest.update(f"{start} {end}".encode() if (start, end) != WHOLE else b"")
-  return digest.hexdigest()

@@ -47,7 +47,7 @@ def default_config() -> ConfigDict:
       prompt_len=placeholder(int),  # Tokens of a prompt, including the video's.
       response_len=placeholder(int),  # Tokens of a response, including EOS.
       workers=2,  # Processes that decode videos; 0 decodes in the main process.
-      timeout_s=60.0,  # Seconds to decode one video.
+      timeout_s=60.0,  # Seconds to hash or to decode one video.
       decoder="pyav",  # Or "decord", for trusted MP4, MKV, WebM and AVI files.
       features="",  # Folder of features that runs share; "" is in the workdir.
       features_memory_gb=8.0,  # Largest size of features in memory, in GB.

@@ -10,19 +10,23 @@ import functools
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from vlmrlaif_jax.core.files import check_readable, read_json
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.processors.interface import NO_VIDEO, VideoTokens, make_positions
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES as CONVERSATION_TEMPLATES
 from vlmrlaif_jax.data.templates import Template as Template
 from vlmrlaif_jax.data.templates import get_template as get_template
+
+# Characters by which the steps of a tokenizer may replace one.
+MAX_GROWTH = 65_536
 
 
 class EncodedConversation(NamedTuple):
@@ -57,10 +61,11 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
   Raises:
     FileNotFoundError: The folder does not exist.
     ValueError: The tokenizer returns no offsets of tokens, or it has no pad, unk or
-      EOS token.
+      EOS token, or a file exceeds a limit.
   """
   if not pathlib.Path(path).is_dir():
     raise FileNotFoundError(f"no tokenizer folder at {path}")
+  _check_files(pathlib.Path(path))
   tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
   if not tokenizer.is_fast:
     raise ValueError(
@@ -69,7 +74,7 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
     )
   legacy = pathlib.Path(path) / "chat_template.json"
   if tokenizer.chat_template is None and legacy.is_file():
-    tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
+    tokenizer.chat_template = read_json(legacy)["chat_template"]
   if tokenizer.pad_token is None:
     pad = tokenizer.unk_token or tokenizer.eos_token
     if pad is None:
@@ -79,6 +84,42 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
       )
     tokenizer.pad_token = pad
   return tokenizer
+
+
+def _check_files(folder: pathlib.Path) -> None:
+  """Checks that the files of a tokenizer end, and that no text grows without bound.
+
+  Raises:
+    ValueError: A file is a pipe or device, is too large, is not JSON, or has steps that
+      together replace a character by more than MAX_GROWTH.
+  """
+  for file in folder.iterdir():
+    if not (file.is_file() or file.is_dir()) or file.suffix in (".json", ".model"):
+      check_readable(file)
+  spec = read_json(folder / "tokenizer.json", default={})
+  growth, todo = 1.0, [spec]
+  while todo:
+    part = todo.pop()
+    if isinstance(part, list):
+      todo += part
+    elif isinstance(part, dict):
+      todo += [x for key, x in part.items() if key != "vocab"]
+      growth *= _measure_growth(part)
+  if growth > MAX_GROWTH:
+    raise ValueError(
+      f"{folder / 'tokenizer.json'}: its Replace steps may replace a character by "
+      f"{growth:.0f}; the limit is {MAX_GROWTH}. Give another tokenizer."
+    )
+
+
+def _measure_growth(part: dict[str, Any]) -> float:
+  """Returns by how many characters a step of tokenizer.json may replace one."""
+  content, pattern = part.get("content"), part.get("pattern")
+  if part.get("type") != "Replace" or not isinstance(content, str):
+    return 1.0
+  text = pattern.get("String") if isinstance(pattern, dict) else None
+  # A regular expression, or an empty text, may match between all characters.
+  return max(1.0, len(content) / len(text)) if text else len(content) + 1.0
 
 
 def find_eos_id(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:

@@ -2,17 +2,21 @@
 
 A video is a file, a folder of frame images, a list of frame images, an animation or one
 image. The name of a file may end in the part to read, as in `clip.mp4#t=1.5,3`
-(data/time_range.py). `read_videos` decodes many videos in worker processes.
+(data/time_range.py).
+
+Files of others may hang or crash a decoder, so programs read them in worker processes:
+many by `read_videos` and `hash_videos`, and one by `read_video_in_worker`.
 """
 
 import functools
+import hashlib
 import importlib.util
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import av
 import numpy as np
@@ -28,6 +32,7 @@ from vlmrlaif_jax.data.decoding.files import (
   ReadFrame,
   check_regular_file,
   list_images,
+  open_regular_file,
 )
 from vlmrlaif_jax.data.decoding.sampling import (
   ByCount,
@@ -50,6 +55,8 @@ DECODERS = {
 }
 # Not `-m`, which would run this module a second time, as the owner of other classes.
 WORKER = (sys.executable, "-P", "-c", f"from {__name__} import serve; serve()")
+
+TIMEOUT_S = 60.0  # Seconds to decode a video by `read_video_in_worker`.
 
 VideoPath: TypeAlias = str | os.PathLike | Sequence[str]  # A list has frame images.
 
@@ -173,7 +180,7 @@ def read_videos(
 ) -> Iterator[Frames | str]:
   """Yields the frames of each video in order, or the reason why there are none.
 
-  Decoders run in worker processes, so that a crash or hang affects one video only.
+  A crash or hang of a decoder affects one video only.
 
   Args:
     videos: The videos.
@@ -181,15 +188,44 @@ def read_videos(
     workers: Number of processes; 0 decodes in this process, without a time limit.
     timeout_s: Seconds to decode one video.
   """
-  if not workers:
-    yield from (_try_read(video, reading) for video in videos)
-    return
-  yield from worker_pool.run_workers(
-    WORKER,
-    [(video, reading) for video in videos],
-    workers=workers,
-    timeout_s=timeout_s,
-  )
+  return _answer_all([(read_video, x, reading) for x in videos], workers, timeout_s)
+
+
+def hash_videos(
+  videos: Sequence[VideoPath], *, workers: int, timeout_s: float
+) -> Iterator[bytes | str]:
+  """Yields the hash of each video, or the reason why there is none; see read_videos.
+
+  It depends on the bytes of all files, and on the part that the name ends in.
+  """
+  return _answer_all([(_hash, video) for video in videos], workers, timeout_s)
+
+
+def read_video_in_worker(
+  path: VideoPath, reading: Reading, *, timeout_s: float = TIMEOUT_S
+) -> Frames:
+  """Reads the frames of a video of others; see read_video.
+
+  The worker process stays, so that reading videos one by one starts no more processes.
+
+  Args:
+    path: The video.
+    reading: The frames to read, and their size.
+    timeout_s: Seconds to decode the video.
+
+  Raises:
+    VideoError: The video cannot be read, or the decoder crashes or takes too long.
+  """
+  return _ask(path, (read_video, path, reading), timeout_s)
+
+
+def hash_video_in_worker(path: VideoPath, *, timeout_s: float = TIMEOUT_S) -> bytes:
+  """Returns the hash of a video of others; see hash_videos.
+
+  Raises:
+    VideoError: A file is missing or takes too long to read.
+  """
+  return _ask(path, (_hash, path), timeout_s)
 
 
 def decode_video(
@@ -206,7 +242,7 @@ def load_frames(
   return read_video(path, Reading(ByCount(count), square=size)).pixels
 
 
-def read_duration(path: str | os.PathLike, *, timeout_s: float) -> float:
+def read_duration(path: str | os.PathLike, *, timeout_s: float = TIMEOUT_S) -> float:
   """Returns the seconds that a video file lasts by its header, read in a worker.
 
   Args:
@@ -216,12 +252,7 @@ def read_duration(path: str | os.PathLike, *, timeout_s: float) -> float:
   Raises:
     VideoError: The file is no video.
   """
-  (answer,) = worker_pool.run_workers(
-    WORKER, [(path, None)], workers=1, timeout_s=timeout_s
-  )
-  if isinstance(answer, str):
-    raise VideoError(path, answer)
-  return answer
+  return _ask(path, (_measure, path), timeout_s)
 
 
 def check_decoder(name: str) -> None:
@@ -244,33 +275,68 @@ def serve() -> None:
   worker_pool.serve_requests(_answer)
 
 
-def _answer(request: tuple[VideoPath, Reading | None]) -> Frames | float | str:
-  path, reading = request
-  return _try_measure(path) if reading is None else _try_read(path, reading)
+@functools.cache
+def _get_worker() -> worker_pool.SerialWorker:
+  return worker_pool.SerialWorker(WORKER)
 
 
-def _try_read(path: VideoPath, reading: Reading) -> Frames | str:
+def _ask(path: VideoPath, request: tuple[Any, ...], timeout_s: float) -> Any:
+  answer = _get_worker().ask(request, timeout_s)
+  if isinstance(answer, str):
+    raise VideoError(path, answer)
+  return answer
+
+
+def _answer_all(
+  requests: list[tuple[Any, ...]], workers: int, timeout_s: float
+) -> Iterator[Any]:
+  if not workers:
+    return map(_answer, requests)
+  return worker_pool.run_workers(WORKER, requests, workers=workers, timeout_s=timeout_s)
+
+
+def _answer(request: tuple[Any, ...]) -> Any:
+  """Calls a function in a worker; a text is the reason why there is no result."""
+  function, *arguments = request
   try:
-    return read_video(path, reading)
+    return function(*arguments)
   except VideoError as error:
     return error.reason
-
-
-def _try_measure(path: VideoPath) -> float | str:
-  """Returns the duration of a video file in its header; 0 if it is missing."""
-  try:
-    [file] = list_files(path)
-    _, start, end = split_time_range(format_video_name(path))
-    if pictures.is_picture(file):
-      with pictures.open_image(file) as image:
-        duration = pictures.measure_animation(image)[0].duration
-    else:
-      with containers.open_container(file) as container:
-        containers.find_video_stream(container)
-        duration = (container.duration or 0) / av.time_base
   except Exception as error:
     return _format_reason(error)
+
+
+def _measure(path: VideoPath) -> float:
+  """Returns the duration of a video file in its header; 0 if it is missing."""
+  [file] = list_files(path)
+  _, start, end = split_time_range(format_video_name(path))
+  if pictures.is_picture(file):
+    with pictures.open_image(file) as image:
+      duration = pictures.measure_animation(image)[0].duration
+  else:
+    with containers.open_container(file) as container:
+      containers.find_video_stream(container)
+      duration = (container.duration or 0) / av.time_base
   return max(0.0, min(end, duration) - start)
+
+
+def _hash(path: VideoPath) -> bytes:
+  digest = hashlib.sha256()
+  for name in list_files(path):
+    with open_regular_file(name) as file:
+      digest.update(hashlib.file_digest(file, "sha256").digest())
+  if isinstance(path, str | os.PathLike):
+    _, *part = split_time_range(os.fspath(path))
+    digest.update("{} {}".format(*part).encode() if part != [0.0, math.inf] else b"")
+  return digest.digest()
+
+
+# The work of a worker, by the first part of a request.
+_ANSWERS: dict[str, Callable[..., Any]] = {
+  "read": read_video,
+  "hash": _hash,
+  "measure": _measure,
+}
 
 
 def _format_reason(error: Exception) -> str:
@@ -286,7 +352,7 @@ def _read(path: VideoPath, reading: Reading) -> tuple[list[ReadFrame], Selection
   if isinstance(path, str | os.PathLike):
     part = split_time_range(os.fspath(path))
   make_each = functools.partial(_make_each, reading)
-  choose = functools.partial(_choose, reading.sampling, part)
+  choose = lambda x: select_frames(x, reading.sampling, part.start, part.end)
   files = list_files(path)
   is_file = part.path and not os.path.isdir(part.path)
   if is_file and not pictures.is_picture(files[0]):
@@ -294,10 +360,6 @@ def _read(path: VideoPath, reading: Reading) -> tuple[list[ReadFrame], Selection
   if is_file:
     return pictures.read_animation(files[0], choose, make_each)
   return _read_images(files, part, reading.sampling, make_each)
-
-
-def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> Selection:
-  return select_frames(timeline, sampling, part.start, part.end)
 
 
 def _read_images(
@@ -309,7 +371,7 @@ def _read_images(
   step = 1.0 if isinstance(sampling, ByCount) else 1 / sampling.fps
   duration = len(files) * step if len(files) > 1 else 0.0
   timeline = Timeline(np.arange(len(files)) * step, duration)
-  chosen = _choose(sampling, part, timeline)
+  chosen = select_frames(timeline, sampling, part.start, part.end)
   selected = pictures.read_images(files, chosen.numbers, make_each(chosen))
   return [selected[n] for n in chosen.numbers], chosen
 

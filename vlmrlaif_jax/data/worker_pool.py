@@ -1,6 +1,7 @@
-"""A pool of worker processes with a time limit per request.
+"""Worker processes with a time limit per request.
 
-`run_workers` sends requests to processes that call `serve_requests`. A video decoder
+`run_workers` sends requests to processes that call `serve_requests`. `SerialWorker` is
+one process for requests that are not known in advance. A video decoder
 may hang or crash, so it runs in a process that can be killed. A worker is a new
 interpreter: a fork would break the threads of JAX, and `multiprocessing` would import
 the caller's script again. Each worker has its own connection, so that killing one does
@@ -70,6 +71,17 @@ class _Worker:
     except (EOFError, OSError):
       self.wait()
       return self.fail(f"the process died ({_format_exit(self.process.returncode)})")
+
+  def await_answer(self) -> Any:
+    """Returns the answer, or the reason why there is none by the deadline."""
+    if self.connection.poll(max(0.0, self.deadline - time.monotonic())):
+      return self.receive()
+    return self.fail(f"no answer within {self.time_limit:g} s")
+
+  def is_usable(self, lifetime: int) -> bool:
+    """Returns whether the process can receive another request."""
+    is_running = not self.connection.closed and self.process.poll() is None
+    return is_running and self.num_requests < lifetime
 
   def fail(self, reason: str) -> str:
     """Kills the process and returns the reason, the answer to its request.
@@ -145,7 +157,7 @@ def run_workers(
         if worker.connection in ready:
           answer = worker.receive()
         elif worker.deadline <= time.monotonic():
-          answer = worker.fail(f"no answer within {worker.time_limit:g} s")
+          answer = worker.await_answer()
         else:
           continue
         if worker.index != START:
@@ -163,6 +175,48 @@ def run_workers(
   finally:
     for worker in pool:
       worker.stop()
+
+
+class SerialWorker:
+  """A process that answers one request at a time, for callers in several threads.
+
+  It starts with the first request, and ends with this process. It is replaced if it
+  exceeds a time limit or dies, and after `lifetime` requests.
+
+  Args:
+    command: Command line of a process that calls `serve_requests`.
+    lifetime: Requests after which the process is replaced.
+  """
+
+  def __init__(self, command: Sequence[str], *, lifetime: int = LIFETIME):
+    self._command, self._lifetime = command, lifetime
+    self._lock = threading.Lock()
+    self._worker: _Worker | None = None
+
+  def ask(self, request: Any, timeout_s: float) -> Any:
+    """Returns the answer to a request, or the reason why there is none.
+
+    Args:
+      request: Value that can be pickled.
+      timeout_s: Seconds for the request, without the start of the process.
+
+    Raises:
+      RuntimeError: The process could not start.
+    """
+    with self._lock:
+      worker = self._worker
+      if worker is None or not worker.is_usable(self._lifetime):
+        if worker is not None:
+          worker.stop()
+        worker = self._worker = _Worker(self._command)
+      try:
+        if worker.index == START:
+          worker.await_answer()
+        worker.send(0, request, timeout_s)
+        return worker.await_answer()
+      except BaseException:  # The next request must not receive this answer.
+        worker.stop()
+        raise
 
 
 def serve_requests(answer: Callable[[Any], Any]) -> None:

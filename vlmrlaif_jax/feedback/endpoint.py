@@ -34,7 +34,7 @@ from vlmrlaif_jax.data.video import (
   VideoError,
   VideoPath,
   list_media,
-  read_video,
+  read_video_in_worker,
 )
 from vlmrlaif_jax.feedback import http_client, server_failures
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery, ask_unique, make_query_key
@@ -42,7 +42,6 @@ from vlmrlaif_jax.feedback.server_failures import FATAL_STATUSES, QueryOutcome
 
 NO_KEY = {"Authorization": openai.Omit()}
 PRIVATE = 0o600  # Mode of files that only their user may read.
-MAX_WAIT_S = 8.0  # Longest wait of the client before a retry without Retry-After.
 
 
 def default_config() -> ConfigDict:
@@ -148,15 +147,12 @@ class Endpoint:
   async def _answer_all(self, queries: Sequence[JudgeQuery]) -> list[QueryOutcome]:
     config = self._config
     slots = asyncio.Semaphore(config.concurrency)
-    async with openai.AsyncOpenAI(
-      base_url=config.url,
-      api_key=self._get_key() or "none",
-      max_retries=config.retries,
-      timeout=config.timeout_s,
-      # A server may close a reused connection while the next request is sent, which
-      # would waste a retry. Uvicorn closes it after a 500.
-      default_headers={"Connection": "close"},
-      http_client=http_client.make_http_client(self._note_response),
+    async with http_client.make_client(
+      config.url,
+      self._note_response,
+      timeout_s=config.timeout_s,
+      key=self._get_key(),
+      retries=config.retries,
     ) as client:
 
       async def answer(query: JudgeQuery) -> QueryOutcome:
@@ -238,13 +234,11 @@ class Endpoint:
   ) -> str | None:
     """Returns the text of the reply, or None if all replies are malformed."""
     config = self._config
-    tries = config.retries + 1
-    # The client limits each single read, which a slow stream of bytes never exceeds.
-    limit_s = tries * config.timeout_s + config.retries * MAX_WAIT_S
     create = client.chat.completions.with_raw_response.create
     headers = {} if config.key_env else NO_KEY
-    async with asyncio.timeout(limit_s):
-      for _ in range(tries):  # The client itself does not retry a malformed reply.
+    async with http_client.limit_exchange(config.timeout_s, config.retries):
+      # The client itself does not retry a malformed reply.
+      for _ in range(config.retries + 1):
         response = await create(**request, extra_headers=headers)
         try:
           text = json.loads(response.content)["choices"][0]["message"]["content"]
@@ -289,7 +283,7 @@ class Endpoint:
     urls = []
     side = self._config.side
     reading = Reading(ByCount(self._config.frames), within=(side, side))
-    for frame in read_video(video, reading).pixels:
+    for frame in read_video_in_worker(video, reading).pixels:
       data = io.BytesIO()
       Image.fromarray(frame).save(data, format="JPEG", quality=90)
       coded = base64.b64encode(data.getvalue()).decode()

@@ -1,5 +1,6 @@
-"""An HTTP client for servers of others, whose replies are limited in size."""
+"""A client of servers of others, whose replies are limited in size and time."""
 
+import asyncio
 import os
 import urllib.parse
 from collections.abc import Awaitable, Callable
@@ -11,6 +12,7 @@ from vlmrlaif_jax.core import distributed
 
 MAX_REPLY_BYTES = 64 << 20
 # A reply of 300 bytes may expand to gigabytes.
+MAX_WAIT_S = 8.0  # Longest wait of the client before a retry without Retry-After.
 UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
@@ -18,19 +20,44 @@ class ReplyError(openai.APIConnectionError):
   """A reply that is compressed, or larger than MAX_REPLY_BYTES."""
 
 
-def make_http_client(
+def make_client(
+  url: str,
   *hooks: Callable[[Any], Awaitable[None]],
-) -> openai.DefaultAsyncHttpxClient:
+  timeout_s: float,
+  key: str = "",
+  retries: int = 0,
+) -> openai.AsyncOpenAI:
   """Returns a client that follows no redirects, and reads replies by `read_reply`.
 
   Args:
+    url: URL of the server's API.
     hooks: Called with each response, whose content is read.
+    timeout_s: Seconds of each read of one try; see `limit_exchange`.
+    key: Key of the server; "" for none.
+    retries: Retries of an exchange.
   """
-  return openai.DefaultAsyncHttpxClient(
-    follow_redirects=False,
-    headers=UNCOMPRESSED,
-    event_hooks={"response": [read_reply, *hooks]},
+  return openai.AsyncOpenAI(
+    base_url=url,
+    api_key=key or "none",
+    max_retries=retries,
+    timeout=timeout_s,
+    # A server may close a reused connection while the next request is sent, which
+    # would waste a retry. Uvicorn closes it after a 500.
+    default_headers={"Connection": "close"},
+    http_client=openai.DefaultAsyncHttpxClient(
+      follow_redirects=False,
+      headers=UNCOMPRESSED,
+      event_hooks={"response": [read_reply, *hooks]},
+    ),
   )
+
+
+def limit_exchange(timeout_s: float, retries: int = 0) -> asyncio.Timeout:
+  """Returns the time limit of an exchange with all its retries, a context manager.
+
+  The client limits each single read, which a slow stream of bytes never exceeds.
+  """
+  return asyncio.timeout((retries + 1) * timeout_s + retries * MAX_WAIT_S)
 
 
 async def read_reply(response: Any) -> None:

@@ -80,6 +80,11 @@ _LIMITS = {
   "head_dim": 4096,
   "image_size": 4096,
   "patch_size": 4096,
+  "num_channels": 64,
+  "num_position_embeddings": 1_048_576,
+  "out_hidden_size": 65_536,
+  "spatial_merge_size": 64,
+  "temporal_patch_size": 64,
 }
 
 
@@ -90,8 +95,6 @@ def read_json_object(path: Path) -> HfConfig:
     FileNotFoundError: The file does not exist.
     ValueError: The file is not JSON, or contains another value.
   """
-  if path.exists() and not path.is_file():
-    raise ValueError(f"{path} is not a regular file. Give the folder of a checkpoint.")
   config = files.read_json(path)
   if not isinstance(config, dict):
     raise ValueError(

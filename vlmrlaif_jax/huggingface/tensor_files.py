@@ -29,6 +29,7 @@ from vlmrlaif_jax.huggingface.config_keys import read_json_object
 Index: TypeAlias = tuple[slice, ...]  # One slice per axis.
 
 SAFE_TORCH = (2, 6)  # First version of PyTorch whose `weights_only` is safe.
+MAX_TENSORS = 50_000  # Tensors of a checkpoint; published ones have up to 1500.
 _COUNT_DIGITS = 4  # Digits of the largest number of files of a checkpoint.
 _DTYPES = {
   "F64": "float64",
@@ -94,7 +95,10 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
       continue
     _check_complete(folder, {path.name for path in existing}, set(listed.values()))
     paths = sorted(folder / name for name in set(listed.values())) or existing
-    tensors = {name: x for path in paths for name, x in open_file(path).items()}
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+      tensors |= open_file(path)
+      _check_count(path, len(tensors))
     missing = sorted(set(listed) - set(tensors))
     if missing:
       raise ValueError(
@@ -172,6 +176,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
   try:
     with safe_open(path, framework="numpy") as file:
       names = file.keys()
+      _check_count(path, len(names))
       parts = {name: file.get_slice(name) for name in names}
       heads = {n: (tuple(x.get_shape()), x.get_dtype()) for n, x in parts.items()}
   except SafetensorError as error:
@@ -195,6 +200,14 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     return Tensor(shape, jnp.dtype(_DTYPES[dtype]), read)
 
   return {name: make_tensor(name, *head) for name, head in heads.items()}
+
+
+def _check_count(path: Path, count: int) -> None:
+  if count > MAX_TENSORS:
+    raise ValueError(
+      f"{path} and the files before it have {count} tensors; at most {MAX_TENSORS} are "
+      "read. Give another checkpoint."
+    )
 
 
 def _open_torch(path: Path) -> dict[str, Tensor]:

@@ -69,6 +69,7 @@ def run_recipe(
   validation.check_workdir_path(root)
   distributed.check_same_config(config.to_json_best_effort())
   validation.check_recipe(config)
+  validation.check_no_links(root, list_stages(config))
   with contextlib.ExitStack() as stack:
     check_lock = lock_workdir(root, stack)
 

@@ -5,8 +5,10 @@
 division of batches and lengths by the mesh.
 """
 
+import itertools
+import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ml_collections import ConfigDict
 
@@ -56,6 +58,30 @@ RENAMED_STAGES = {"benchmarks": "eval"}
 PATTERN_CHARACTERS = "*?[\\"
 # Placeholder in a recipe's stages for "claims_N" and "dpo_N" of each round N.
 ROUND_STAGE = "round"
+
+
+def check_no_links(root: pathlib.Path, stages: Collection[str]) -> None:
+  """Checks that the stages of a run write and remove nothing through links.
+
+  A workdir of others may have links to files of the user. Folders that stages only read
+  may be links: a finished stage of another run, the world, or features.
+
+  Raises:
+    UserError: A file of the workdir is a link, or a folder of an unfinished stage is,
+      or has one.
+  """
+  is_done = lambda path: path.name not in stages or (path / "done.json").exists()
+  links = [path for path in root.glob("*") if path.is_symlink()]
+  wrong = [path for path in links if not (path.is_dir() and is_done(path))]
+  for stage in {*stages} - {path.name for path in links}:
+    for folder, *names in os.walk(root / stage):
+      paths = (pathlib.Path(folder, name) for name in itertools.chain(*names))
+      wrong += [path for path in paths if path.is_symlink()]
+  if wrong:
+    raise UserError(
+      f"{wrong[0]} is a link to {wrong[0].readlink()}: a run would write or remove "
+      "files there. Remove it, or copy the file or folder to its place."
+    )
 
 
 def check_workdir_path(root: pathlib.Path) -> None:

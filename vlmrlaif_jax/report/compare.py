@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmrlaif_jax.core.files import align_leaves, find_differences, hash_file
+from vlmrlaif_jax.core.files import align_leaves, find_differences
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import list_sample_files
 from vlmrlaif_jax.report import page
@@ -42,8 +42,6 @@ from vlmrlaif_jax.report.tables import (
 )
 
 MAX_RUNS = 6  # More curves in one chart would be hard to distinguish.
-
-_hash_video = functools.cache(hash_file)  # Many questions share a video.
 
 
 def write_comparison(
@@ -191,10 +189,23 @@ def collect_held_out(runs: dict[str, Workdir]) -> JsonRow:
   return make_source(first.evaluation, title, file, (groups, len(common)))
 
 
-def make_prompt_key(run: Workdir, row: JsonRow, question: str) -> tuple[str, ...]:
+def make_prompt_key(run: Workdir, row: JsonRow, question: str) -> tuple[Any, ...]:
   """Returns a key that is equal for the same question about the same video content."""
-  video = _hash_video(run.root / "world/videos" / (row.get("video") or ""))
+  name = row.get("video")
+  video = _hash_video(run.root / "world/videos" / name) if name else b""
   return row["id"], question, str(row.get("truth")), video
+
+
+@functools.cache  # Many questions share a video.
+def _hash_video(path: Path) -> bytes:
+  """Returns the hash of a video, b"" without one."""
+  # Imported here, so that a comparison without videos needs no decoder.
+  from vlmrlaif_jax.data.video import VideoError, hash_video_in_worker
+
+  try:
+    return hash_video_in_worker(path)
+  except VideoError:
+    return b""
 
 
 def make_held_out_group(runs: dict[str, Workdir], rows: dict[str, JsonRow]) -> JsonRow:

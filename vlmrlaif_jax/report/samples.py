@@ -80,28 +80,29 @@ def load_clip(root: Path, video: str) -> JsonRow:
   """Returns the frames of a video of a workdir, or an error."""
   # Imported here, so that a report without videos needs no decoder.
   from vlmrlaif_jax.data.time_range import split_time_range
-  from vlmrlaif_jax.data.video import ByCount, Reading, VideoError, read_video
+  from vlmrlaif_jax.data.video import (
+    ByCount,
+    Reading,
+    VideoError,
+    read_video_in_worker,
+  )
 
   path = root / "world/videos" / video  # An absolute path stays as it is.
   if not Path(split_time_range(str(path)).path).exists():
     return {"error": f"no such file: {video}"}
-  # Frames are shrunk one by one, which bounds the memory for large videos.
   size = MAX_FRAME_WIDTH, MAX_FRAME_HEIGHT
   try:
     reading = Reading(ByCount(MAX_STRIP_FRAMES), within=size)
-    return encode_strip(read_video(path, reading).pixels)
+    return encode_strip(read_video_in_worker(path, reading).pixels)
   except VideoError as error:
     return {"error": str(error)}
 
 
 def encode_strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> JsonRow:
   """Returns the frames as one WebP picture in a data URI, with their size."""
-  small = [Image.fromarray(frame) for frame in frames]
-  for frame in small:
-    frame.thumbnail((MAX_FRAME_WIDTH, MAX_FRAME_HEIGHT))
-  width, height = small[0].size
-  row = Image.fromarray(np.concatenate([np.asarray(frame) for frame in small], axis=1))
+  height, width = frames.shape[1:3]
+  row = Image.fromarray(np.concatenate(frames, axis=1))
   data = io.BytesIO()
   row.save(data, "WEBP", quality=75)
   uri = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
-  return {"uri": uri, "frames": len(small), "width": width, "height": height}
+  return {"uri": uri, "frames": len(frames), "width": width, "height": height}

@@ -21,7 +21,6 @@ from vlmrlaif_jax.runtime import video as run_video
 from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession
 
 CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
-DECODE_S = 60.0  # Time limit for decoding a clip, in seconds.
 
 
 class ClipLimits(NamedTuple):
@@ -63,15 +62,13 @@ def _encode(
   """Returns the vision tower's features of a clip or an image, and its layout."""
   run = chat.run
   check_clip(path, limits)
-  # A worker process decodes the clip, because a damaged clip may hang or crash it.
   reading = run.processor.make_reading("pyav")
-  (frames,) = video.read_videos([path], reading, workers=1, timeout_s=DECODE_S)
-  if isinstance(frames, str):
-    raise _make_decode_error(pathlib.Path(path), frames)
   try:
+    frames = video.read_video_in_worker(path, reading)
     processed, layout = process_frames(run.processor, frames)
-  except ValueError as error:
-    raise _make_decode_error(pathlib.Path(path), str(error)) from error
+  except (video.VideoError, ValueError) as error:
+    reason = error.reason if isinstance(error, video.VideoError) else str(error)
+    raise _make_decode_error(pathlib.Path(path), reason) from error
   size = sharding.num_batch_shards(run.mesh)
   encode = functools.partial(run_video.encode_batch, run.policy, run.base, run.mesh)
   return encode(size, [processed])[0], layout
@@ -98,7 +95,7 @@ def check_clip(clip: str | os.PathLike, limits: ClipLimits) -> None:
       "the clip, or restart with a higher limit."
     )
   try:
-    seconds = video.read_duration(clip, timeout_s=DECODE_S)
+    seconds = video.read_duration(clip)
   except video.VideoError as error:
     raise _make_decode_error(path, error.reason) from error
   if seconds > limits.max_seconds:

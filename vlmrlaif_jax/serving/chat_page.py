@@ -9,6 +9,7 @@ import html
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any, no_type_check
@@ -19,6 +20,7 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
 import gradio as gr  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
+from vlmrlaif_jax.core import distributed  # noqa: E402
 from vlmrlaif_jax.core.errors import UserError  # noqa: E402
 from vlmrlaif_jax.serving.chat_clip import ClipLimits, read_clips  # noqa: E402
 from vlmrlaif_jax.serving.chat_guard import ChatGuard  # noqa: E402
@@ -225,6 +227,12 @@ def launch_page(
     max_mb: Largest size of an upload.
     wait: Whether to block until the server stops.
   """
+  if not distributed.is_loopback(host):
+    print(
+      f"--host={host}: everyone who reaches this address can use the model and upload "
+      "clips, because the page has no accounts",
+      file=sys.stderr,
+    )
   # One request uses the device at a time.
   page.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
   folder, max_bytes = make_upload_folder(), MAX_UPLOADS * max_mb * 1e6

@@ -224,6 +224,7 @@ def test_the_run_stops_when_no_server_replies(tmp_path):
     (dict(urls=()), "urls"),
     (dict(urls=("127.0.0.1:8000",)), "urls"),
     (dict(urls=("http://10.0.0.1:8000/v1",)), "allow_remote=True"),
+    (dict(urls=("http://localhost.example/v1",)), "allow_remote=True"),
     (dict(concurrency=0), "concurrency"),
     (dict(max_staleness=-1), "max_staleness"),
   ],
@@ -233,6 +234,13 @@ def test_invalid_settings_are_named(values, error):
   config.update({"engine": "vllm", **values})
   with pytest.raises(ValueError, match=error):
     rollout_settings.check(config)
+
+
+def test_any_address_of_this_machine_is_accepted():
+  config = rollout_settings.default_config()
+  hosts = ("localhost", "127.0.0.1", "127.0.0.2", "[::1]")
+  config.update(engine="vllm", urls=tuple(f"http://{host}:8000/v1" for host in hosts))
+  rollout_settings.check(config)
 
 
 def test_another_address_is_used_if_the_user_allows_it():

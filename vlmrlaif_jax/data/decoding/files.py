@@ -1,5 +1,6 @@
 """Files that may be read as frames of a video, and limits of their size."""
 
+import io
 import os
 import re
 import stat
@@ -13,6 +14,7 @@ from jaxtyping import UInt8
 from vlmrlaif_jax.data.decoding.sampling import Selection, Timeline
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAX_FILE_GB = 32.0  # Size of a file, in GB.
 MAX_PIXELS = 64_000_000  # Pixels of a frame; a frame of 8K video has 33 million.
 MAX_SIDE = 65_535  # Pixels of a side, the largest in a JPEG.
 
@@ -32,16 +34,40 @@ MakeEach: TypeAlias = Callable[[Selection], Each]
 
 
 def check_regular_file(path: str | os.PathLike) -> None:
-  """Raises an OSError unless a path leads to a regular file.
+  """Raises an OSError unless a path leads to a regular file of at most MAX_FILE_GB.
 
   Devices and pipes may deliver bytes without end, or never one.
   """
   try:
-    mode = os.stat(path).st_mode
+    _check_status(os.stat(path))
   except FileNotFoundError:
     raise FileNotFoundError("there is no such file or folder") from None
-  if not stat.S_ISREG(mode):
+
+
+def open_regular_file(path: str | os.PathLike) -> io.BufferedReader:
+  """Opens a file to read; see check_regular_file.
+
+  The open file is checked, so that it cannot be replaced in between. To open a pipe
+  waits for a writer without O_NONBLOCK, which regular files ignore.
+  """
+  check_regular_file(path)
+  file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+  try:
+    _check_status(os.fstat(file.fileno()))
+  except OSError:
+    file.close()
+    raise
+  return file
+
+
+def _check_status(status: os.stat_result) -> None:
+  if not stat.S_ISREG(status.st_mode):
     raise OSError("it is not a regular file")
+  if status.st_size > MAX_FILE_GB * 1e9:
+    raise OSError(
+      f"it has {status.st_size / 1e9:.1f} GB; at most {MAX_FILE_GB:g} GB are read. "
+      "Split it"
+    )
 
 
 def check_size(width: int, height: int) -> None:

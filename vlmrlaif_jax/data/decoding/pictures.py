@@ -1,7 +1,8 @@
 """Reading of pictures and animations: JPEG, PNG, WebP, BMP, GIF."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from vlmrlaif_jax.data.decoding.files import (
   Frame,
   MakeEach,
   ReadFrame,
-  check_regular_file,
   check_size,
+  open_regular_file,
 )
 from vlmrlaif_jax.data.decoding.sampling import Selection, Timeline
 
@@ -34,7 +35,7 @@ def is_picture(path: str | os.PathLike) -> bool:
   """Returns whether a file is a picture or an animation, by its first bytes."""
   if Path(path).suffix.lower() in STREAM_SUFFIXES:
     return False
-  with open(path, "rb") as file:
+  with open_regular_file(path) as file:
     head = file.read(12)
   return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
@@ -45,7 +46,6 @@ def read_images(
   """Reads the images of the given indices, and applies `each` to one at a time."""
   frames = {}
   for index in sorted(set(indices)):
-    check_regular_file(paths[index])
     with open_image(paths[index]) as image:
       frames[index] = each(_convert(image))
   return frames
@@ -98,11 +98,15 @@ def measure_animation(image: Image.Image) -> tuple[Timeline, int]:
   return Timeline(np.concatenate([[0.0], ends[:-1]]), float(ends[-1])), first
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
   """Opens a picture of one of PICTURE_FORMATS, of a size that is safe to decode."""
-  image = Image.open(path, formats=PICTURE_FORMATS)
-  check_size(*image.size)
-  return image
+  with (
+    open_regular_file(path) as file,
+    Image.open(file, formats=PICTURE_FORMATS) as image,
+  ):
+    check_size(*image.size)
+    yield image
 
 
 def _convert(image: Image.Image) -> Frame:

@@ -13,7 +13,7 @@ from vlmrlaif_jax.data.video import (
   Reading,
   VideoPath,
   list_media,
-  read_video,
+  read_video_in_worker,
 )
 
 CACHED_VIDEOS = 64  # Videos whose frames stay in memory.
@@ -36,16 +36,18 @@ class Sample(NamedTuple):
   video: Media  # Path of the video, or paths of its frames.
   seed: int  # Depends on the run's seed, the id and the response only.
 
-  def read_frames(self, count: int = 8) -> list[Frames]:
+  def read_frames(self, count: int = 8, side: int = 512) -> list[Frames]:
     """Decodes evenly spaced frames of each video, with their times in seconds.
 
     Args:
       count: Largest number of frames of a video.
+      side: Largest height and width of a frame, in pixels. Larger ones are shrunk.
 
     Raises:
       VideoError: A video cannot be read.
     """
-    return [_read_cached(_freeze(path), count) for path in list_media(self.video)]
+    reading = Reading(ByCount(count), within=(side, side))
+    return [_read_cached(_freeze(path), reading) for path in list_media(self.video)]
 
 
 def make_example(sample: Sample) -> Example:
@@ -72,5 +74,5 @@ def _freeze(path: VideoPath) -> Any:
 
 
 @functools.lru_cache(maxsize=CACHED_VIDEOS)
-def _read_cached(path: Any, count: int) -> Frames:
-  return read_video(path, Reading(ByCount(count)))
+def _read_cached(path: Any, reading: Reading) -> Frames:
+  return read_video_in_worker(path, reading)

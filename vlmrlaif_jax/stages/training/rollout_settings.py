@@ -4,10 +4,10 @@ import urllib.parse
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.distributed import is_loopback
 from vlmrlaif_jax.core.errors import check_at_least, check_choices
 
 ENGINES = ("jax", "vllm")
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 def default_config() -> ConfigDict:
@@ -45,7 +45,7 @@ def check(config: ConfigDict) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
       raise ValueError(f'urls must be like "http://127.0.0.1:8000/v1", not {url!r}')
-    if parts.hostname not in LOCAL_HOSTS and not config.allow_remote:
+    if not is_loopback(parts.hostname) and not config.allow_remote:
       raise ValueError(
         f"urls has {url!r}, which is not on this machine: set allow_remote=True to "
         "send it the adapters and the embeddings of prompts and videos"

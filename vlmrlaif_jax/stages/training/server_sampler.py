@@ -31,7 +31,7 @@ from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.interrupts import Stopped
 from vlmrlaif_jax.core.types import Batch, Params, merge_params
-from vlmrlaif_jax.feedback.http_client import make_http_client
+from vlmrlaif_jax.feedback import http_client
 from vlmrlaif_jax.feedback.server_failures import describe_error
 from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models import lora
@@ -84,13 +84,8 @@ class _Server:
   def __init__(self, url: str, config: ConfigDict, slots: asyncio.Semaphore):
     self.url, self.adapter, self.retry_at, self.failures = url, "", 0.0, 0
     self.lock, self.slots = asyncio.Lock(), slots
-    self.client = openai.AsyncOpenAI(
-      base_url=url,
-      api_key="none",
-      max_retries=0,
-      timeout=config.timeout_s,
-      http_client=make_http_client(),
-    )
+    self.client = http_client.make_client(url, timeout_s=config.timeout_s)
+    self.limit = lambda: http_client.limit_exchange(config.timeout_s)
 
   def note_failure(self) -> None:
     """Leaves the server alone for a time that doubles with each failure in turn."""
@@ -135,8 +130,8 @@ class ServerSampler:
         "pip install torch"
       )
     self._config, self._policy, self._settings = config, policy, settings
+    shutil.rmtree(folder, ignore_errors=True)  # Of a run that was killed.
     self._folder = folder.resolve()
-    shutil.rmtree(self._folder, ignore_errors=True)  # Of a run that was killed.
     # Special tokens at the end of the vocabulary are not sampled.
     self._bias = {str(i): -100 for i in range(settings.vocab, policy.llm.vocab)}
     self._run, self._count = uuid.uuid4().hex[:8], 0
@@ -235,6 +230,8 @@ class ServerSampler:
           failure = "http 404"
         except (openai.APIConnectionError, openai.InternalServerError) as error:
           failure = f"{type(error).__name__}: {error}"
+        except TimeoutError:
+          failure = "timeout"
         except openai.APIStatusError as error:
           raise UserError(_explain(server.url, error)) from None
         else:
@@ -251,26 +248,32 @@ class ServerSampler:
     self, server: _Server, adapter: str, text: str, seed: int
   ) -> RowResponses:
     own = self._settings
-    response = await server.client.completions.with_raw_response.create(
-      model=adapter,
-      prompt=None,  # It is in prompt_embeds; "" would be a second prompt.
-      n=own.samples,
-      max_tokens=own.max_new,
-      temperature=own.temperature,
-      top_p=own.top_p,
-      seed=seed,
-      logprobs=0,
-      extra_body={
-        "prompt_embeds": text,
-        "top_k": own.top_k,
-        "stop_token_ids": list(own.stops),
-        "ignore_eos": True,  # The tokens that end a response are stop_token_ids.
-        "return_token_ids": True,
-        "skip_special_tokens": False,
-        "logit_bias": self._bias,
-      },
-    )
-    choices = sorted(json.loads(response.content)["choices"], key=lambda x: x["index"])
+    async with server.limit():
+      response = await server.client.completions.with_raw_response.create(
+        model=adapter,
+        prompt=None,  # It is in prompt_embeds; "" would be a second prompt.
+        n=own.samples,
+        max_tokens=own.max_new,
+        temperature=own.temperature,
+        top_p=own.top_p,
+        seed=seed,
+        logprobs=0,
+        extra_body={
+          "prompt_embeds": text,
+          "top_k": own.top_k,
+          "stop_token_ids": list(own.stops),
+          "ignore_eos": True,  # The tokens that end a response are stop_token_ids.
+          "return_token_ids": True,
+          "skip_special_tokens": False,
+          "logit_bias": self._bias,
+        },
+      )
+    try:
+      content = json.loads(response.content)
+      choices = sorted(content["choices"], key=lambda x: x["index"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+      request = response.http_request
+      raise http_client.ReplyError(message="malformed reply", request=request) from None
     if not all("token_ids" in choice for choice in choices):
       raise UserError(
         f"the server {server.url} of rollout.urls returns no token_ids: use vLLM "
@@ -305,7 +308,8 @@ async def _load(server: _Server, adapter: pathlib.Path) -> None:
       "load_inplace": True,
     }
     try:
-      await server.client.post("/load_lora_adapter", body=body, cast_to=str)
+      async with server.limit():
+        await server.client.post("/load_lora_adapter", body=body, cast_to=str)
     except openai.NotFoundError:
       raise UserError(
         f"the server {server.url} of rollout.urls loads no adapters: start it with "
@@ -319,8 +323,9 @@ async def _unload(server: _Server) -> None:
   if server.adapter:
     try:
       body = {"lora_name": server.adapter}
-      await server.client.post("/unload_lora_adapter", body=body, cast_to=str)
-    except openai.APIError:
+      async with server.limit():
+        await server.client.post("/unload_lora_adapter", body=body, cast_to=str)
+    except (openai.APIError, TimeoutError):
       pass  # A server that has restarted has no adapter.
 
 
