@@ -14,7 +14,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -329,14 +329,6 @@ def _hash(path: VideoPath) -> bytes:
     _, *part = split_time_range(os.fspath(path))
     digest.update("{} {}".format(*part).encode() if part != [0.0, math.inf] else b"")
   return digest.digest()
-
-
-# The work of a worker, by the first part of a request.
-_ANSWERS: dict[str, Callable[..., Any]] = {
-  "read": read_video,
-  "hash": _hash,
-  "measure": _measure,
-}
 
 
 def _format_reason(error: Exception) -> str:
