@@ -1,5 +1,6 @@
 """An HTTP client for servers of others, whose replies are limited in size."""
 
+import asyncio
 import os
 import urllib.parse
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,10 @@ UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 class ReplyError(openai.APIConnectionError):
   """A reply that is compressed, or larger than MAX_REPLY_BYTES."""
+
+
+class SlowReplyError(openai.APITimeoutError):
+  """A reply whose bytes arrive so slowly that the time limit of a read is exceeded."""
 
 
 def make_http_client(
@@ -38,6 +43,7 @@ async def read_reply(response: Any) -> None:
 
   Raises:
     ReplyError: The content is compressed or too large.
+    SlowReplyError: The content takes longer than the time limit of a read.
   """
   encoding = response.headers.get("content-encoding", "identity")
   if encoding != "identity":
@@ -45,6 +51,19 @@ async def read_reply(response: Any) -> None:
     raise ReplyError(
       message=f"the reply is compressed ({encoding[:20]})", request=response.request
     )
+  # The libraries limit each single read, which a slow stream of bytes never exceeds.
+  limit_s = response.request.extensions.get("timeout", {}).get("read")
+  try:
+    async with asyncio.timeout(limit_s):
+      content = await _read_content(response)
+  except TimeoutError:
+    await response.aclose()
+    raise SlowReplyError(request=response.request) from None
+  # Both libraries store the result of `aread` here and have no limit of their own.
+  response._content = content
+
+
+async def _read_content(response: Any) -> bytes:
   content = bytearray()
   async for chunk in response.aiter_raw():
     content += chunk
@@ -54,8 +73,7 @@ async def read_reply(response: Any) -> None:
         message=f"the reply has more than {MAX_REPLY_BYTES} bytes",
         request=response.request,
       )
-  # Both libraries store the result of `aread` here and have no limit of their own.
-  response._content = bytes(content)
+  return bytes(content)
 
 
 def check_key(variable: str) -> None:
