@@ -3,6 +3,7 @@
 from tests.faults.catalog import Tried
 
 SERVERS = "faults/test_servers.py::"
+NUMBERS = "faults/test_numbers.py::"
 
 SERVERS_AND_NUMBERS = (
   Tried(
@@ -41,5 +42,53 @@ SERVERS_AND_NUMBERS = (
     "the file and the line",
     "only its query is sent again; results are equal",
     f"{SERVERS}test_a_damaged_reply_is_the_only_one_that_is_requested_again",
+  ),
+  Tried(
+    "a weight of a base model is NaN or infinite",
+    "code 2: the file and the tensor",
+    "nothing is trained",
+    f"{NUMBERS}test_a_tensor_that_is_not_finite_is_named",
+  ),
+  Tried(
+    "a parameter of a saved step is NaN",
+    "the step and the parameter",
+    "the step is set aside; the stage trains again from the step before",
+    f"{NUMBERS}test_a_saved_step_that_is_not_finite_is_set_aside",
+  ),
+  Tried(
+    "rewards are NaN or infinite",
+    "code 2: how many, of which term and records; some are counted as invalid",
+    "saved steps are intact; the run resumes after the remedy",
+    f"{NUMBERS}test_rewards_that_are_not_finite_end_the_run_at_the_good_step",
+  ),
+  Tried(
+    "the scores of a reward model are NaN",
+    "code 2: the term reward_model",
+    "nothing is saved",
+    f"{NUMBERS}test_a_reward_model_that_is_not_finite_ends_the_run",
+  ),
+  Tried(
+    "a learning rate of 1000",
+    "code 3 at the first step: the alarm jump",
+    "the step is not saved",
+    f"{NUMBERS}test_a_learning_rate_that_explodes_stops_before_the_step_is_saved",
+  ),
+  Tried(
+    "an update overflows",
+    "code 3 at its step: the alarm nan",
+    "the update is skipped, and the step is not saved",
+    "training/test_update.py::test_update_skips_a_change_that_is_not_finite",
+  ),
+  Tried(
+    "all responses are empty, and all rewards are equal",
+    "at the second step: the alarms empty and flat",
+    "the run continues; a stage can stop for these alarms",
+    f"{NUMBERS}test_equal_rewards_of_empty_responses_raise_alarms_at_the_second_step",
+  ),
+  Tried(
+    "the rewards of each group of GRPO are equal",
+    "at the second step: the alarm flat",
+    "the run continues; a stage can stop for this alarm",
+    f"{NUMBERS}test_equal_rewards_of_groups_raise_an_alarm_at_the_second_step",
   ),
 )
