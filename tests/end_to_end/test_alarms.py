@@ -27,7 +27,7 @@ def test_ppo_at_a_learning_rate_of_1000_leaves_its_reference(one, tmp_path):
   config = ConfigDict(one.config)
   config.ppo.steps = 3
   config.ppo.optimizer.learning_rate = 1e3
-  config.ppo.alarms.stop = ("kl",)
+  config.ppo.alarms.stop = ("kl",)  # Not "jump", which stops the first step.
   run, folder, screen = one._replace(config=config), tmp_path / "ppo", io.StringIO()
   with StageLog(folder, "ppo", 3, stream=screen) as log:
     with pytest.raises(alarms.AlarmError, match="raise kl_coef"):
@@ -48,5 +48,5 @@ def test_a_run_that_an_alarm_ends_exits_with_a_code_of_its_own(tiny_settings, tm
     cwd=ROOT, env=several.environment(4), capture_output=True, text=True,
   )  # fmt: skip
   assert done.returncode == alarms.EXIT_ALARM
-  assert "error: sft_short was stopped at step 2 by the alarm nan" in done.stderr
-  assert names(tmp_path / "run" / "sft_short") == ["nan"]
+  assert "error: sft_short was stopped at step 1 by the alarm nan" in done.stderr
+  assert names(tmp_path / "run" / "sft_short") == ["nan", "jump"]

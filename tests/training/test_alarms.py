@@ -35,6 +35,32 @@ def test_what_is_not_finite_is_told_at_once(x):
   assert said(loss=[1.0, x], grad_norm=[1.0, 1.0]) == f"loss is {x}"
 
 
+def test_an_update_of_many_times_the_params_is_told_of_at_once():
+  assert raised(update_ratio=[0.01, 5.0]) == []
+  assert raised(update_ratio=[0.01, 50.0]) == [(2, "jump")]
+
+
+def test_responses_that_are_empty_twice_are_told_of():
+  ends = [1.0, 1.0, 1.0]
+  assert (3, "empty") in raised(length=[9.0, 1.0, 1.0], stop_rate=ends)
+  assert raised(length=[9.0, 1.0], stop_rate=[1.0, 1.0]) == []
+  assert (
+    raised(length=[1.0, 1.0], stop_rate=[0.5, 0.5]) == []
+  )  # One token is the limit.
+  assert raised(length=[0.0, 0.0], stop_rate=[0.0, 0.0]) == []  # None has a score.
+
+
+def test_rewards_that_are_equal_twice_are_told_of():
+  assert raised(reward_std=[0.0, 0.3, 0.0]) == []
+  assert raised(reward_std=[0.3, 0.0, 1e-8]) == [(3, "flat")]
+
+
+def test_groups_that_are_all_tied_twice_are_told_of():
+  differ = dict(reward_std=[0.3, 0.3])  # Between the groups.
+  assert raised(tied=[1.0, 0.8], **differ) == []
+  assert raised(tied=[1.0, 1.0], **differ) == [(2, "flat")]
+
+
 def test_kl_is_told_by_the_token():
   assert raised(kl=[0.0, 2.0], length=[10.0, 10.0]) == []
   assert raised(kl=[0.0, 20.0], length=[10.0, 10.0]) == [(2, "kl")]
@@ -103,6 +129,18 @@ def test_chosen_answers_that_are_unlearned_with_the_rejected_are_told_of():
   margin = [0.1] * 3 + [2.0] * 3
   assert raised(margin=margin, chosen_reward=[0.0] * 3 + [-3.0] * 3) == [(6, "chosen")]
   assert raised(margin=margin, chosen_reward=[0.0] * 3 + [0.5] * 3) == []
+
+
+def test_a_policy_that_dpo_ruins_is_told_of_and_an_anchored_one_is_not():
+  # The embedded world, 160 steps at 5e-4: means of ten lines, every 40 steps.
+  steps = lambda *means: [mean for mean in means for _ in range(3)]
+  margin = steps(0.02, 0.68, 1.25, 1.5, 1.48)
+  ruined = steps(0.0, -0.14, -0.14, -0.27, -0.31)
+  anchored = steps(0.01, 0.06, 0.09, 0.1, 0.11)  # With dpo.sft_coef=0.1.
+  assert [name for _, name in raised(margin=margin, chosen_reward=ruined)] == ["chosen"]
+  assert raised(margin=margin, chosen_reward=anchored) == []
+  worse = steps(0.0, -0.49)  # Answers 65 % of the questions right, instead of 82 %.
+  assert raised(margin=margin[:6], chosen_reward=worse) == [(6, "chosen")]
 
 
 def test_a_reward_model_that_learned_by_heart_is_told_of():

@@ -165,6 +165,20 @@ def test_update_skips_a_gradient_that_is_not_finite(bad):
   assert not jnp.isfinite(metrics["grad_norm"])
 
 
+def test_update_skips_a_change_that_is_not_finite():
+  state, metrics, before = updated(mlp_loss, experience_of(), optax.sgd(1e30))
+  chex.assert_trees_all_equal(state, before._replace(step=jnp.array(1)))
+  assert metrics["skipped"] == 1 and jnp.isinf(metrics["update_ratio"])
+  assert jnp.isfinite(metrics["grad_norm"])
+
+
+def test_update_ratio_is_the_change_relative_to_the_params():
+  state, metrics, before = updated(mlp_loss, experience_of(), optax.sgd(0.1))
+  change = jax.tree.map(jnp.subtract, state.params, before.params)
+  want = optax.tree.norm(change) / optax.tree.norm(before.params)
+  np.testing.assert_allclose(metrics["update_ratio"], want, rtol=1e-3)
+
+
 def test_update_learns_on_after_a_skip():
   params, frozen = network()
   tx = optimizer()

@@ -6,6 +6,7 @@ Nothing here imports JAX, so that programs can use it before they choose a backe
 import contextlib
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_replacing(path: Path) -> Iterator[BinaryIO]:
+def open_replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
   """Opens a new file that replaces `path` when the block ends without an error.
 
   A reader sees either the old content or all of the new content. Several processes and
@@ -55,11 +56,13 @@ def open_replacing(path: Path) -> Iterator[BinaryIO]:
 
   Args:
     path: The file to replace, which may be missing.
+    mode: Permissions of the new file, as `os.open` takes them.
   """
+  opener = lambda name, flags: os.open(name, flags, mode)
   # No file or link has this name, or the open fails.
   unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
   try:
-    with name_file_in_errors(path), unfinished.open("xb") as file:
+    with name_file_in_errors(path), open(unfinished, "xb", opener=opener) as file:
       yield file
     unfinished.replace(path)
   finally:

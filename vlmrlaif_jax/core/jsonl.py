@@ -13,11 +13,19 @@ JsonRow: TypeAlias = dict[str, Any]  # A JSON object.
 CHECKSUM = "crc32"  # Key of a row's checksum.
 
 
-def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Writes records as JSON lines; an interrupted write leaves the old file."""
+def write_records(
+  path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], mode: int = 0o666
+) -> None:
+  """Writes records as JSON lines; an interrupted write leaves the old file.
+
+  Args:
+    path: The file, which may be missing.
+    rows: All records of the file.
+    mode: Permissions of the new file, as `os.open` takes them.
+  """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with open_replacing(path) as file:
+  with open_replacing(path, mode) as file:
     file.writelines(map(_line, rows))
     file.flush()
     os.fsync(file.fileno())

@@ -25,7 +25,7 @@ import openai
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vlmrlaif_jax.core import distributed, jsonl
+from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import check_at_least
 from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.video import (
@@ -36,12 +36,11 @@ from vlmrlaif_jax.data.video import (
   list_media,
   read_video_in_worker,
 )
-from vlmrlaif_jax.feedback import http_client, server_failures
+from vlmrlaif_jax.feedback import http_client, saved_replies, server_failures
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery, ask_unique, make_query_key
 from vlmrlaif_jax.feedback.server_failures import FATAL_STATUSES, QueryOutcome
 
 NO_KEY = {"Authorization": openai.Omit()}
-PRIVATE = 0o600  # Mode of files that only their user may read.
 
 
 def default_config() -> ConfigDict:
@@ -79,7 +78,7 @@ class Endpoint:
 
   Args:
     config: Settings, see default_config.
-    cache: JSONL file of saved replies, see get_reply_path. None saves nothing.
+    cache: JSONL file of saved replies, see saved_replies.py. None saves nothing.
 
   Raises:
     ValueError: A setting is missing or out of range, or the key is not set.
@@ -99,9 +98,11 @@ class Endpoint:
     self._path: pathlib.Path | None = None
     self._replies: dict[str, str] = {}
     if cache is not None:
-      self._path = get_reply_path(pathlib.Path(cache), distributed.process_index())
-      self._replies = read_replies(pathlib.Path(cache), self._path)
+      path, process = pathlib.Path(cache), distributed.process_index()
+      self._path = saved_replies.get_reply_path(path, process)
+      self._replies = saved_replies.read_replies(path, self._path)
     self._images = functools.lru_cache(maxsize=64)(self._encode)
+    self._outcomes: list[QueryOutcome] = []  # Of the last batch.
     self._has_failed = self._has_replied = False  # Whether the server ever has.
 
   def ask(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
@@ -116,6 +117,17 @@ class Endpoint:
     replies = ask_unique(self._ask_distinct, queries)
     return [replies[make_query_key(query)] for query in queries]
 
+  def ask_or_stop(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
+    """Returns the replies of `ask`, for a stage that saves their results for good.
+
+    Raises:
+      UserError: See `ask`.
+      Stopped: The server is not available for more than `max_failed` of the queries.
+    """
+    replies = self.ask(queries)
+    server_failures.raise_if_interrupted(self._config, self._outcomes)
+    return replies
+
   def _ask_distinct(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
     # Every process receives the outcomes of all, so that all of them end alike.
     rows = distributed.map_across_processes(
@@ -123,6 +135,7 @@ class Endpoint:
     )
     outcomes = [QueryOutcome(*row) for row in rows]
     self.counts.update(event for outcome in outcomes for event in outcome.events)
+    self._outcomes = outcomes
     failed = [outcome for outcome in outcomes if outcome.failure]
     self.failed_share = len(failed) / max(len(outcomes), 1)
     self._has_replied |= any(each.is_new_reply() for each in outcomes)
@@ -197,8 +210,7 @@ class Endpoint:
     self._replies[key] = reply
     try:
       if self._path:
-        row = {"key": key, "reply": reply}
-        jsonl.append_jsonl(self._path, [row], mode=PRIVATE)
+        saved_replies.append_reply(self._path, key, reply)
     except OSError:  # For example, a full disk. The next run sends the query again.
       sent += ("not saved",)
     return QueryOutcome(reply, "", sent)
@@ -237,9 +249,13 @@ class Endpoint:
     create = client.chat.completions.with_raw_response.create
     headers = {} if config.key_env else NO_KEY
     async with http_client.limit_exchange(config.timeout_s, config.retries):
-      # The client itself does not retry a malformed reply.
-      for _ in range(config.retries + 1):
-        response = await create(**request, extra_headers=headers)
+      for last in (False,) * config.retries + (True,):
+        try:  # The client itself does not retry a slow or malformed reply.
+          response = await create(**request, extra_headers=headers)
+        except http_client.SlowReplyError:
+          if last:
+            raise
+          continue
         try:
           text = json.loads(response.content)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
@@ -336,42 +352,3 @@ def check(config: ConfigDict) -> None:
     raise ValueError("model must be the name of a model of the server, got ''")
   check_at_least(config, {"concurrency": 1, "frames": 1, "retries": 0, "max_failed": 0})
   http_client.check_key(config.key_env)
-
-
-def get_reply_path(path: pathlib.Path, process: int) -> pathlib.Path:
-  """Returns the file to which a process appends its replies.
-
-  Each process has its own file, because locks on a shared disk may not be reliable.
-
-  Args:
-    path: File of process 0. The name of process N ends in "_N".
-    process: Index of the process.
-  """
-  return path.with_stem(f"{path.stem}_{process}") if process else path
-
-
-def read_replies(path: pathlib.Path, own: pathlib.Path) -> dict[str, str]:
-  """Reads the saved replies of all processes.
-
-  Args:
-    path: File of process 0.
-    own: File of this process, whose replies take precedence.
-
-  Returns:
-    Hash of the request -> reply. Damaged files of other processes are ignored.
-
-  Raises:
-    ValueError: `own` is damaged or has another format.
-  """
-  replies: dict[str, str] = {}
-  files = path.parent.glob(f"{path.stem}*{path.suffix}")
-  for file in sorted(files, key=lambda file: (file == own, file)):
-    try:
-      replies |= {row["key"]: row["reply"] for row in jsonl.read_jsonl(file)}
-    except (OSError, ValueError, KeyError) as error:
-      if file == own:
-        raise ValueError(
-          f"{file} is not a file of replies ({error}). Remove it to request its "
-          "replies again."
-        ) from error
-  return replies

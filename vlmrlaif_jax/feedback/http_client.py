@@ -11,13 +11,17 @@ import openai
 from vlmrlaif_jax.core import distributed
 
 MAX_REPLY_BYTES = 64 << 20
-# A reply of 300 bytes may expand to gigabytes.
 MAX_WAIT_S = 8.0  # Longest wait of the client before a retry without Retry-After.
+# A reply of 300 bytes may expand to gigabytes.
 UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
 class ReplyError(openai.APIConnectionError):
   """A reply that is compressed, or larger than MAX_REPLY_BYTES."""
+
+
+class SlowReplyError(openai.APITimeoutError):
+  """A reply whose bytes arrive so slowly that the time limit of a read is exceeded."""
 
 
 def make_client(
@@ -65,6 +69,7 @@ async def read_reply(response: Any) -> None:
 
   Raises:
     ReplyError: The content is compressed or too large.
+    SlowReplyError: The content takes longer than the time limit of a read.
   """
   encoding = response.headers.get("content-encoding", "identity")
   if encoding != "identity":
@@ -72,6 +77,19 @@ async def read_reply(response: Any) -> None:
     raise ReplyError(
       message=f"the reply is compressed ({encoding[:20]})", request=response.request
     )
+  # The libraries limit each single read, which a slow stream of bytes never exceeds.
+  limit_s = response.request.extensions.get("timeout", {}).get("read")
+  try:
+    async with asyncio.timeout(limit_s):
+      content = await _read_content(response)
+  except TimeoutError:
+    await response.aclose()
+    raise SlowReplyError(request=response.request) from None
+  # Both libraries store the result of `aread` here and have no limit of their own.
+  response._content = content
+
+
+async def _read_content(response: Any) -> bytes:
   content = bytearray()
   async for chunk in response.aiter_raw():
     content += chunk
@@ -81,8 +99,7 @@ async def read_reply(response: Any) -> None:
         message=f"the reply has more than {MAX_REPLY_BYTES} bytes",
         request=response.request,
       )
-  # Both libraries store the result of `aread` here and have no limit of their own.
-  response._content = bytes(content)
+  return bytes(content)
 
 
 def check_key(variable: str) -> None:

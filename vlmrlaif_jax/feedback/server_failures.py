@@ -113,6 +113,29 @@ def raise_if_useless(
   raise UserError(message)
 
 
+def raise_if_interrupted(config: ConfigDict, outcomes: Sequence[QueryOutcome]) -> None:
+  """Stops the run if a batch lost more than `max_failed` of its queries for a while.
+
+  A stage that saves results in blocks would never send these queries again.
+
+  Args:
+    config: Settings of the server.
+    outcomes: Outcomes of the batch.
+
+  Raises:
+    Stopped: More queries failed for reasons that may pass.
+  """
+  failures = [each.failure for each in outcomes if _is_passing(each.failure)]
+  if len(failures) <= config.max_failed * len(outcomes):
+    return
+  [(reason, count)] = collections.Counter(failures).most_common(1)
+  raise Stopped(
+    f"the judge at {config.url} failed {len(failures)} of {len(outcomes)} queries of a "
+    f"batch ({count} {reason}), more than endpoint.max_failed={config.max_failed}. "
+    f"{_find_remedy(reason, config)} Replies so far are saved"
+  )
+
+
 def _get_status(failure: str) -> int:
   """Returns the HTTP status of a failure, 0 for another reason."""
   word = failure.removeprefix("http ").partition(":")[0]

@@ -12,7 +12,7 @@ import sys
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -62,6 +62,9 @@ class Tensor:
     return self.read(index)
 
 
+# Bits of the exponent, which are all set in NaN and infinity. NumPy's functions take
+# longer for these dtypes.
+_EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00}
 _ALIGNMENT = 64  # JAX on CPU uses a NumPy array without a copy at such an address.
 # Files that write_folder writes.
 _WRITTEN = re.compile(
@@ -157,6 +160,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
   Raises:
     ImportError: The file is PyTorch's, and PyTorch is not installed.
     ValueError: The file is truncated, or contains more than tensors, or empty ones.
+      A slice with a value that is not finite raises it when it is read.
   """
   if path.exists() and not path.is_file():
     raise ValueError(f"{path} is not a regular file. Give the folder of a checkpoint.")
@@ -169,7 +173,34 @@ def open_file(path: Path) -> dict[str, Tensor]:
       "writes them when it saves without gathering the weights. Save again with "
       "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py."
     )
-  return tensors
+  return {name: _check_values(path, name, x) for name, x in tensors.items()}
+
+
+def _check_values(path: Path, name: str, tensor: Tensor) -> Tensor:
+  """Returns a tensor whose slices raise ValueError if a value is not finite."""
+
+  def read(index: Index) -> np.ndarray:
+    values = tensor.read(index)
+    if not is_finite(values):
+      raise ValueError(
+        f"{path}: the tensor {name} contains NaN or infinity. Download the file again, "
+        "or give a checkpoint from before the training diverged."
+      )
+    return values
+
+  return replace(tensor, read=read)
+
+
+def is_finite(x: np.ndarray) -> bool:
+  """Returns whether no value is NaN or infinite.
+
+  >>> is_finite(np.float32([1, 2])), is_finite(np.array([1, np.inf], jnp.bfloat16))
+  (True, False)
+  """
+  bits = _EXPONENTS.get(x.dtype.name)
+  if bits is None:
+    return bool(np.isfinite(x).all())
+  return bool(((x.view(np.uint16) & np.uint16(bits)) != bits).all())
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:

@@ -81,8 +81,11 @@ def compute_rollout_metrics(
   kl = jnp.where(mask & valid[..., None], kl, 0.0)
   mean = lambda x: jnp.sum(x) / jnp.maximum(jnp.sum(valid), 1)
   rows = lambda x: x.reshape(-1, *x.shape[scores.ndim :])
+  reward = mean(scores)
+  spread = jnp.where(valid, jnp.square(scores - reward), 0.0)
   return {
-    "reward": mean(scores),
+    "reward": reward,
+    "reward_std": jnp.sqrt(mean(spread)),
     "kl": mean(kl),
     "length": mean(mask & valid[..., None]),
     "stop_rate": mean(stopped & valid),

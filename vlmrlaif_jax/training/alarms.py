@@ -22,6 +22,8 @@ from vlmrlaif_jax.core.stage_log import StageLog
 EXIT_ALARM = 3  # The exit code of a run that an alarm has stopped.
 MIN_CERTAINTY = 3.0  # Standard errors of a significant difference.
 MIN_TRAIN_ACCURACY = 0.98  # Training accuracy of a reward model that has converged.
+FEW_LINES = 2  # Lines of metrics after which empty or equal values are no chance.
+MIN_SPREAD = 1e-6  # Standard deviation of equal rewards, because of rounding.
 FILE = "alarms.jsonl"
 NO_METRICS = ("step", "time", "phases")  # Keys of metrics.jsonl that are no metrics.
 
@@ -48,8 +50,10 @@ def default_config() -> ConfigDict:
   """Returns the default settings of the alarms."""
   return ConfigDict(
     dict(
-      stop=("nan",),  # Alarms (keys of RULES) that stop the run; the others warn.
+      # Alarms (keys of RULES) that stop the run; the others warn.
+      stop=("nan", "jump"),
       window=10,  # Lines of metrics in a mean. At least 2.
+      jump=10.0,  # Maximum norm of an update, relative to that of the parameters.
       kl=0.3,  # Maximum KL to the reference, in nats per token.
       clip=0.5,  # Maximum share of tokens outside the clipping range.
       gap=0.1,  # Maximum log-prob difference of sampler and trainer, nats/token.
@@ -57,7 +61,7 @@ def default_config() -> ConfigDict:
       eos=0.2,  # Maximum fall of the share of responses with EOS.
       truth=0.05,  # Maximum fall of accuracy while the reward does not fall.
       truths=("truth", "met_reference"),  # Metrics of accuracy.
-      chosen=1.0,  # Maximum fall below 0 of DPO's reward of chosen answers.
+      chosen=0.2,  # Maximum fall below 0 of DPO's reward of chosen answers.
       held_out=0.55,  # Minimum accuracy on held-out pairs.
     )
   )
@@ -69,6 +73,36 @@ def default_config() -> ConfigDict:
 def _check_nan(history: MetricHistory, config: ConfigDict) -> RuleResult:
   wrong = {name: x[-1] for name, x in history.items() if not math.isfinite(x[-1])}
   return bool(wrong), ", ".join(f"{name} is {x}" for name, x in wrong.items())
+
+
+def _check_jump(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  ratio = _average_last(history, "update_ratio", 1)
+  message = f"an update changed the parameters by {ratio:.2g} times their norm"
+  return ratio > config.jump, message
+
+
+def _check_empty(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  lengths = history.get("length", [])[-FEW_LINES:]
+  ended = history.get("stop_rate", [])[-FEW_LINES:]
+  is_empty = len(lengths) == FEW_LINES and all(0 < x <= 1 for x in lengths)
+  return is_empty and min(ended, default=0.0) >= 1, (
+    f"all responses of the last {FEW_LINES} lines of metrics are empty"
+  )
+
+
+def _check_flat(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  shares = history.get("tied", [])[-FEW_LINES:]
+  spreads = history.get("reward_std", [])[-FEW_LINES:]
+  if shares:  # Groups are compared within themselves.
+    is_flat = len(shares) == FEW_LINES and min(shares) >= 1
+    rewards = "the rewards of each group"
+  else:
+    is_flat = len(spreads) == FEW_LINES and max(spreads) <= MIN_SPREAD
+    rewards = "all rewards"
+  return is_flat, (
+    f"{rewards} were equal in the last {FEW_LINES} lines of metrics, so that the "
+    "policy learns nothing from them"
+  )
 
 
 def _check_kl(history: MetricHistory, config: ConfigDict) -> RuleResult:
@@ -164,6 +198,19 @@ RULES = {
     _check_nan,
     "lower optimizer.learning_rate or optimizer.clip_norm, or set model.dtype=float32; "
     "updates with a gradient that is not finite are skipped",
+  ),
+  "jump": AlarmRule(
+    _check_jump, "lower optimizer.learning_rate, or raise optimizer.warmup_steps"
+  ),
+  "empty": AlarmRule(
+    _check_empty,
+    "use a checkpoint from before this step; read the samples, correct what "
+    "reward.terms favor, or raise kl_coef",
+  ),
+  "flat": AlarmRule(
+    _check_flat,
+    "check that reward.terms, or the judge, distinguish the sampled answers; raise "
+    "temperature, batch_size or samples",
   ),
   "kl": AlarmRule(
     _check_kl, "raise kl_coef, or lower optimizer.learning_rate or epochs"

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
@@ -101,7 +102,8 @@ def restore_checkpoint(
   Raises:
     FileNotFoundError: There is no such checkpoint.
     ValueError: The saved arrays differ from those of `like`.
-    DamagedCheckpoint: Files of the checkpoint are damaged or missing.
+    DamagedCheckpoint: Files of the checkpoint are damaged or missing, or a parameter
+      is not finite.
   """
   items = _restore_items(path, _split_items(like), step)
   return TrainState(**items["optimizer"], params=items["params"])
@@ -171,6 +173,7 @@ def _restore_items(
       for name, tree in like.items()
     }
     restored = manager.restore(step, args=ocp.args.Composite(**args))
+  _check_finite(restored["params"], folder=f"{directory}/{step}")
   return {name: restored[name] for name in like}
 
 
@@ -216,6 +219,19 @@ def _check_same_arrays(saved: PyTree, like: PyTree, *, where: str) -> None:
       f"{where} holds other arrays than the model now has; restore it with the "
       "config that it was saved with:\n" + "\n".join(wrong)
     )
+
+
+def _check_finite(params: PyTree, *, folder: str) -> None:
+  """Raises DamagedCheckpoint if a parameter is not finite."""
+  for at, is_finite in jax.tree_util.tree_leaves_with_path(_are_finite(params)):
+    if not is_finite:
+      name = sharding.format_key_path(at)
+      raise DamagedCheckpoint(folder, f"{name} contains NaN or infinity")
+
+
+@jax.jit
+def _are_finite(params: PyTree) -> PyTree:
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
 def _describe_arrays(tree: PyTree) -> dict[str, str]:

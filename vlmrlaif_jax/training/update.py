@@ -104,9 +104,10 @@ def make_update(
   Returns:
     update: (state, frozen, experience) -> (state, metrics). It is pure. Jit it and
     donate the state. Every leaf of the experience has the batch as its first axis. The
-    metrics are those of the loss, `loss`, `grad_norm` (before clipping) and `skipped`.
-    `skipped` is 1 if the gradient is not finite or the loss has no items. Such an
-    update changes the step number only.
+    metrics are those of the loss, `loss`, `grad_norm` (before clipping), `skipped` and
+    `update_ratio`: the norm of the change, relative to that of the parameters unless
+    these are 0. `skipped` is 1 if the gradient or the change is not finite, or the loss
+    has no items. Such an update changes the step number only.
   """
 
   def sum_part(params, frozen, key, part):
@@ -142,9 +143,11 @@ def make_update(
     grads, metrics = jax.tree.map(lambda x: x / divisor, (grads, metrics))
     grad_norm = optax.tree.norm(grads)
     is_applied = jnp.isfinite(grad_norm) & (weight > 0)
+    state, ratio, is_applied = _apply_gradient(state, grads, tx, is_applied)
     metrics["grad_norm"] = grad_norm
+    metrics["update_ratio"] = ratio
     metrics["skipped"] = 1.0 - is_applied
-    return _apply_gradient(state, grads, tx, is_applied), metrics
+    return state, metrics
 
   return update
 
@@ -154,18 +157,26 @@ def _apply_gradient(
   grads: Params,
   tx: optax.GradientTransformation,
   is_applied: Bool[Array, ""],
-) -> TrainState:
-  """Returns the next state, with the old params and opt_state unless `is_applied`."""
+) -> tuple[TrainState, Float[Array, ""], Bool[Array, ""]]:
+  """Returns the next state, the change relative to the params, and `is_applied`.
+
+  The params and opt_state are the old ones unless `is_applied` and the change is
+  finite. The relative change of a gradient that is not applied is 0.
+  """
   # The optimizer's state takes its dtypes from the gradient and must not change them.
   grads = optax.tree.cast_like(grads, state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  size = optax.tree.norm(state.params)
+  change = optax.tree.norm(updates) / jnp.where(size > 0, size, 1.0)
+  ratio = jnp.where(is_applied, change, 0.0)
+  is_applied &= jnp.isfinite(ratio)
   params, opt_state = jax.tree.map(
     lambda new, old: jnp.where(is_applied, new, old),
     (params, opt_state),
     (state.params, state.opt_state),
   )
-  return TrainState(state.step + 1, params, opt_state)
+  return TrainState(state.step + 1, params, opt_state), ratio, is_applied
 
 
 def _split_batch(experience: PyTree, microbatches: int) -> PyTree:

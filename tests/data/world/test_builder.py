@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 
 import pytest
 
@@ -137,3 +138,11 @@ def test_the_shifted_split_alone_looks_unlike_the_others(tmp_path, monkeypatch):
 def test_unknown_split_is_an_error(tmp_path):
   with pytest.raises(ValueError, match=r"not \['test'\]"):
     builder.build_world(tmp_path, sizes={"test": 1}, seed=0)
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+  temporary = tmp_path / "temporary"
+  temporary.mkdir()
+  monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+  builder.build_world(tmp_path / "world", sizes={"benchmark": 1}, seed=0)
+  assert not [*temporary.iterdir()]

@@ -36,6 +36,13 @@ WORLD_SPLITS = ("pretrain", "sft", "prompts", "benchmark", "shifted")
 QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5, "shifted": 5}
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+  """Metadata of a data set that no bucket contains."""
+
+  def initialize_from_bucket(self) -> None:
+    """Does nothing. TFDS would request a bucket and leave a temporary folder."""
+
+
 class World(tfds.core.GeneratorBasedBuilder):
   """A data set of clips of moving shapes.
 
@@ -58,7 +65,8 @@ class World(tfds.core.GeneratorBasedBuilder):
     super().__init__(data_dir=str(data_dir), file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
-    return self.dataset_info_from_configs(
+    return _LocalInfo(
+      builder=self,
       description="Short clips of moving shapes with instruction records and truth.",
       features=tfds.features.FeaturesDict({"record": tfds.features.Text()}),
     )

@@ -196,7 +196,7 @@ def make_labeler(
   config = run.config.claims
   variables: Params = {}
   server = functools.cache(
-    lambda: endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
+    lambda: endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask_or_stop
   )
   if config.labeler == "endpoint":
     yes_no = claims.ask_yes_no(server())

@@ -123,7 +123,7 @@ def run_label_stage(
   server: AskFn | None = None
   if run.config.label.judge == "endpoint":
     config = run.config.label.endpoint
-    server = endpoint.Endpoint(config, run.workdir / "endpoint.jsonl").ask
+    server = endpoint.Endpoint(config, run.workdir / "endpoint.jsonl").ask_or_stop
   if run.config.label.judge != "truth":
     captioning.check_clips(run, prompts, run.config.label.context)
   log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
