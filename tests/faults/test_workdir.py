@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.faults import catalog, pipeline
+from tests.faults import catalog, pipeline, tried
 from vlmrlaif_jax.recipes import machine_faults, runner, workdir_lock
 
 
@@ -102,7 +102,7 @@ def test_a_run_that_lost_its_workdir_to_another_stops(tmp_path, monkeypatch):
 
 
 def test_every_fault_has_its_test():
-  for case in catalog.OTHERS:
+  for case in tried.OTHERS:
     file, name = case.test.split("::")
     path = pathlib.Path(__file__).parents[1] / file
     assert f"def {name}(" in path.read_text(), case.test
