@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:
-      connect_processes(workdir)
+      connect_processes()
     topologies.init_backend()
     run = runner.run_recipe
     if CONFIG.value.recipe == "pretrain":  # The package does not contain this stage.
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
         error,
         code=code,
         heartbeat_s=HEARTBEAT_S.value,
-        note=lambda: supervisor.note_error(workdir, distributed.process_index(), error),
+        note=lambda: note_own_error(workdir, error),
       )
     if not failure:
       raise
@@ -132,6 +132,15 @@ def main(argv: list[str]) -> None:
       sys.stdout.flush()
       os._exit(code)
     sys.exit(code)
+
+
+def note_own_error(workdir: pathlib.Path, error: Exception) -> None:
+  """Notes an error of this process, unless the workdir is another run's."""
+  from vlmrlaif_jax.core import distributed
+  from vlmrlaif_jax.recipes import process_errors, workdir_lock
+
+  if not isinstance(error, workdir_lock.WorkdirInUse):
+    process_errors.note_error(workdir, distributed.process_index(), error)
 
 
 def print_thread_failure(failed: threading.ExceptHookArgs) -> None:
@@ -145,7 +154,7 @@ def print_thread_failure(failed: threading.ExceptHookArgs) -> None:
     threading.__excepthook__(failed)
 
 
-def connect_processes(workdir: pathlib.Path) -> None:
+def connect_processes() -> None:
   """Connects this process to the others of the run that the flags describe."""
   from vlmrlaif_jax.core import distributed  # The import takes seconds.
 
@@ -159,7 +168,6 @@ def connect_processes(workdir: pathlib.Path) -> None:
   distributed.connect_processes(
     *place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value
   )
-  distributed.on_process_zero(lambda: supervisor.forget_errors(workdir))
 
 
 def exit_with_error(message: str) -> NoReturn:

@@ -12,7 +12,7 @@ WORKDIRS_AND_FILES = (
     "a second run starts in a workdir",
     "code 2: the host, process and start of the first run",
     "nothing is written; config.json stays as it is",
-    f"{LOCK}test_a_refused_run_leaves_the_config_as_it_is",
+    f"{LOCK}test_a_refused_run_leaves_the_config_and_notes_of_errors_as_they_are",
   ),
   Tried(
     "kill -9, then a start",

@@ -24,6 +24,7 @@ from vlmrlaif_jax.planner import memory
 from vlmrlaif_jax.recipes import (
   compilation_cache,
   data_files,
+  process_errors,
   stage_outputs,
   validation,
   workdir_lock,
@@ -90,15 +91,27 @@ def run_recipe(
 def lock_workdir(root: pathlib.Path, stack: contextlib.ExitStack) -> Callable[[], None]:
   """Locks a workdir until the stack ends. Process 0 locks for all processes.
 
+  It also removes notes of errors of earlier starts.
+
   Returns:
     A function that raises if the lock is lost.
 
   Raises:
-    UserError: Another run holds the workdir.
+    WorkdirInUse: Another run holds the workdir. Every process raises.
   """
   checks: list[Callable[[], None]] = []
   lock = workdir_lock.hold_workdir(root, distributed.print_once)
-  distributed.on_process_zero(lambda: checks.append(stack.enter_context(lock)))
+
+  def take() -> str:
+    try:
+      checks.append(stack.enter_context(lock))
+    except workdir_lock.WorkdirInUse as error:
+      return str(error)
+    process_errors.forget_errors(root)
+    return ""
+
+  if refusal := distributed.on_process_zero(take):
+    raise workdir_lock.WorkdirInUse(refusal)
   return checks[0] if checks else lambda: None
 
 

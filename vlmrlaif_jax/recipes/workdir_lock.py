@@ -42,6 +42,10 @@ class Holder(NamedTuple):
   heartbeat: float  # Unix time in seconds.
 
 
+class WorkdirInUse(UserError):
+  """An error because another run holds the workdir."""
+
+
 class LostLock(UserError):
   """An error because the workdir was removed, or taken over by another run."""
 
@@ -65,7 +69,7 @@ def hold_workdir(
     has_flock: False to use heartbeats alone, as on a file system without flock.
 
   Raises:
-    UserError: Another run holds the workdir.
+    WorkdirInUse: Another run holds the workdir.
   """
   root.mkdir(parents=True, exist_ok=True)
   path = root / LOCK_FILE
@@ -117,7 +121,7 @@ def _open_locked(path: pathlib.Path, *, has_flock: bool) -> tuple[int, bool]:
   """Opens the lock file; returns its descriptor and whether flock locks it.
 
   Raises:
-    UserError: A living process has the flock.
+    WorkdirInUse: A living process has the flock.
   """
   while True:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -164,7 +168,7 @@ def _take(
   """Writes the own name into the lock file unless its holder lives.
 
   Raises:
-    UserError: The holder lives.
+    WorkdirInUse: The holder lives.
   """
   if holder := read_holder(path):
     if not _is_dead(holder, is_flocked=is_flocked):
@@ -213,12 +217,12 @@ def _wait_until_stale(
       raise _make_refusal(path, now)
 
 
-def _make_refusal(path: pathlib.Path, holder: Holder | None) -> UserError:
+def _make_refusal(path: pathlib.Path, holder: Holder | None) -> WorkdirInUse:
   who = "another process"
   if holder:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.started))
     who = f"process {holder.pid} on {holder.host}, since {since}"
-  return UserError(
+  return WorkdirInUse(
     f"another run uses the workdir {path.parent}: {who}. Wait for its end, stop it, or "
     "give this run another --workdir"
   )
