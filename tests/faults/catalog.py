@@ -248,6 +248,14 @@ WORKDIR = (
     changed=("rm/stage.json",),
   ),
   Damaged(
+    "stage.json of a policy is not JSON",
+    "ppo/stage.json",
+    write(b"{"),
+    "stage.json is not JSON",
+    "the evaluation runs again; the report shows the name of the folder",
+    changed=("ppo/stage.json", "eval/done.json"),
+  ),
+  Damaged(
     "checkpoints.json is not JSON",
     "checkpoints.json",
     write(b"{"),

@@ -38,10 +38,12 @@ from vlmrlaif_jax.stages.stage import (
   get_stage,
   list_policy_stages,
   load_stages,
+  read_start,
   write_facts,
 )
 from vlmrlaif_jax.training import checkpoint
 
+MEASURED = "measured_policies"  # Key of done.json: the policies of each part.
 CONFIG_REMEDY = (
   "restore it from a copy, or remove it if this command has the settings of the run"
 )
@@ -193,7 +195,7 @@ def _run_stage(
   entry = get_stage(stage)
   resumed = checkpoint.get_latest_step(str(folder / "checkpoints"))
   steps, writes = entry.count_steps(run), distributed.is_process_zero()
-  policies = list_policy_stages(run.workdir)
+  policies = _find_policies(run.workdir)
   with (
     StageLog(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     ProfilerTrace(traced, str(folder / "trace"), log.print_note) as trace,
@@ -215,9 +217,9 @@ def _run_stage(
     log.print_note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
   if entry.is_measurement:
-    before = _read_done(run.workdir, stage).get("measured", {})
+    before = _read_done(run.workdir, stage).get(MEASURED, {})
     parts = dict.fromkeys(entry.parts(run.config), policies)
-    done["measured"] = before | parts
+    done[MEASURED] = before | parts
   distributed.on_process_zero(
     lambda: write_json(
       folder / "done.json", done | {"files": stage_outputs.hash_outputs(folder)}
@@ -231,18 +233,30 @@ def _read_done(root: pathlib.Path, stage: str) -> dict[str, Any]:
   return distributed.on_process_zero(lambda: read_json(path, default={}))
 
 
+def _find_policies(root: pathlib.Path) -> dict[str, float]:
+  """Returns the start of each policy's training, which identifies it, by stage.
+
+  Every process must call it.
+  """
+  stages = list_policy_stages(root)
+  return distributed.on_process_zero(
+    lambda: {stage: read_start(root / stage) for stage in stages}
+  )
+
+
 def is_done(config: ConfigDict, root: pathlib.Path, stage: str) -> bool:
   """Returns whether a stage is finished in a workdir. Every process must call it.
 
   A measurement is finished if all its parts have measured every current policy of the
-  workdir.
+  workdir. A policy that was trained again is another one.
   """
   done, entry = _read_done(root, stage), get_stage(stage)
   if not done or not entry.is_measurement:
     return bool(done)
-  policies, measured = set(list_policy_stages(root)), done.get("measured", {})
+  policies, measured = _find_policies(root), done.get(MEASURED, {})
   return all(
-    part in measured and policies <= set(measured[part]) for part in entry.parts(config)
+    part in measured and policies.items() <= measured[part].items()
+    for part in entry.parts(config)
   )
 
 
