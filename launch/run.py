@@ -29,6 +29,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from launch import supervisor  # noqa: E402
+from vlmrlaif_jax.core.errors import EXIT_USER_ERROR  # noqa: E402
 from vlmrlaif_jax.core.files import flatten_settings  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
   from vlmrlaif_jax.recipes import machine_faults, runner
 
   threading.excepthook = print_thread_failure
+  sys.unraisablehook = print_unraisable_error
   # Orbax logs the traceback of a full disk in a thread, and then raises the error.
   logging.get_absl_logger().addFilter(machine_faults.is_no_fault)
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
@@ -101,7 +103,8 @@ def main(argv: list[str]) -> None:
       from tools.pretraining import program
 
       run = program.run
-    run(CONFIG.value, WORKDIR.value, stop, parse_trace(TRACE.value))
+    traced = parse_trace(TRACE.value)
+    run(CONFIG.value, WORKDIR.value, stop, traced, on_taken=end_taken_run)
   except interrupts.Stopped as stopped:
     if distributed.is_process_zero():
       why = stop.signal or "stopped"
@@ -134,6 +137,12 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
+def end_taken_run(error: Exception) -> NoReturn:
+  """Ends this process before it writes into the workdir that another run has."""
+  print(f"error: {error}", file=sys.stderr, flush=True)
+  os._exit(EXIT_USER_ERROR)
+
+
 def note_own_error(workdir: pathlib.Path, error: Exception) -> None:
   """Notes an error of this process, unless the workdir is another run's."""
   from vlmrlaif_jax.core import distributed
@@ -152,6 +161,16 @@ def print_thread_failure(failed: threading.ExceptHookArgs) -> None:
     print(line, file=sys.stderr, flush=True)
   else:
     threading.__excepthook__(failed)
+
+
+def print_unraisable_error(failed: sys.UnraisableHookArgs) -> None:
+  """Prints an error that no code can catch, as Python does.
+
+  After a failed save, the storage of Orbax calls back into an event loop that the save
+  has closed. The error of the save itself is printed.
+  """
+  if str(failed.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(failed)
 
 
 def connect_processes() -> None:

@@ -253,7 +253,7 @@ WORKDIR = (
     write(b"{"),
     "stage.json is not JSON",
     "the evaluation runs again; the report shows the name of the folder",
-    changed=("ppo/stage.json", "eval/done.json"),
+    changed=("ppo/stage.json",),
   ),
   Damaged(
     "checkpoints.json is not JSON",

@@ -24,6 +24,7 @@ from vlmrlaif_jax.planner import memory
 from vlmrlaif_jax.recipes import (
   compilation_cache,
   data_files,
+  memory_faults,
   process_errors,
   stage_outputs,
   validation,
@@ -54,6 +55,7 @@ def run_recipe(
   workdir: str,
   stop: Callable[[], bool] = lambda: False,
   traced: range = range(0),
+  on_taken: Callable[[UserError], None] = lambda error: None,
 ) -> pathlib.Path:
   """Runs the unfinished stages, writes the report and returns the report's path.
 
@@ -62,6 +64,8 @@ def run_recipe(
     workdir: Folder of all outputs.
     stop: Returns whether to stop now; called between steps.
     traced: Steps of each stage for which a profiler trace is written.
+    on_taken: Called in a thread when another run has taken over the workdir; see
+      hold_workdir.
 
   Raises:
     Stopped: `stop` returned True. Finished steps are saved.
@@ -73,7 +77,7 @@ def run_recipe(
   distributed.check_same_config(config.to_json_best_effort())
   validation.check_recipe(config)
   with contextlib.ExitStack() as stack:
-    check_lock = lock_workdir(root, stack)
+    check_lock = lock_workdir(root, stack, on_taken)
 
     def check_and_stop() -> bool:
       check_lock()
@@ -90,7 +94,11 @@ def run_recipe(
   return path
 
 
-def lock_workdir(root: pathlib.Path, stack: contextlib.ExitStack) -> Callable[[], None]:
+def lock_workdir(
+  root: pathlib.Path,
+  stack: contextlib.ExitStack,
+  on_taken: Callable[[UserError], None] = lambda error: None,
+) -> Callable[[], None]:
   """Locks a workdir until the stack ends. Process 0 locks for all processes.
 
   It also removes notes of errors of earlier starts.
@@ -102,7 +110,7 @@ def lock_workdir(root: pathlib.Path, stack: contextlib.ExitStack) -> Callable[[]
     WorkdirInUse: Another run holds the workdir. Every process raises.
   """
   checks: list[Callable[[], None]] = []
-  lock = workdir_lock.hold_workdir(root, distributed.print_once)
+  lock = workdir_lock.hold_workdir(root, distributed.print_once, on_taken=on_taken)
 
   def take() -> str:
     try:
@@ -145,7 +153,8 @@ def _run_stages(
   if todo:
     try:
       memory.check_memory(config, todo)
-      run = loading.create_run(config, root, watch=StageMonitor(stop))
+      with memory_faults.explain_exhaustion(config, ""):
+        run = loading.create_run(config, root, watch=StageMonitor(stop))
       data_files.check_videos(run, is_begun=is_begun)
     # The data or the model of the config is invalid, or lacks a file.
     except (ValueError, FileNotFoundError) as error:
@@ -211,7 +220,8 @@ def _run_stage(
     distributed.on_process_zero(lambda: stage_outputs.forget_outputs(folder))
     watch = StageMonitor(stop, trace.step)
     watch.check(f"the next stage is {stage}")
-    summary = entry.run(run._replace(watch=watch), stage, folder, log)
+    with memory_faults.explain_exhaustion(run.config, stage):
+      summary = entry.run(run._replace(watch=watch), stage, folder, log)
     stop()  # Raises if the workdir was removed, so that no result of it counts as done.
     seconds = time.monotonic() - start
     log.print_note(f"{stage}: done in {seconds:.0f} s")

@@ -55,6 +55,7 @@ def hold_workdir(
   root: pathlib.Path,
   note: Callable[[str], None] = print,
   *,
+  on_taken: Callable[[LostLock], None] = lambda error: None,
   heartbeat_s: float | int = HEARTBEAT_S,
   stale_s: float | int = ABANDONED_S,
   has_flock: bool = True,
@@ -64,6 +65,8 @@ def hold_workdir(
   Args:
     root: The workdir, created if missing.
     note: Receives a line if the lock of a dead run is replaced.
+    on_taken: Called in a thread when another run has taken over the workdir, as it may
+      after this process was stopped for long. Each further write harms the other run.
     heartbeat_s: Seconds between two heartbeats.
     stale_s: Seconds without a heartbeat after which another host's lock is abandoned.
     has_flock: False to use heartbeats alone, as on a file system without flock.
@@ -79,7 +82,7 @@ def hold_workdir(
   try:
     _take(file, path, own, note, is_flocked=is_flocked, stale_s=stale_s)
     beat = threading.Thread(
-      target=_renew, args=(file, path, own, ended, heartbeat_s), daemon=True
+      target=_renew, args=(file, path, own, ended, heartbeat_s, on_taken), daemon=True
     )
     beat.start()
     try:
@@ -229,11 +232,18 @@ def _make_refusal(path: pathlib.Path, holder: Holder | None) -> WorkdirInUse:
 
 
 def _renew(
-  file: int, path: pathlib.Path, own: Holder, ended: threading.Event, every_s: float
+  file: int,
+  path: pathlib.Path,
+  own: Holder,
+  ended: threading.Event,
+  every_s: float,
+  on_taken: Callable[[LostLock], None],
 ) -> None:
   """Renews the heartbeat until the run ends or another run has the lock."""
   while not ended.wait(every_s):
     if _is_lost(path, own):
+      if holder := read_holder(path):
+        on_taken(_make_taken(path, holder))
       return
     # A full disk or a short failure of a network must not end the run here.
     with contextlib.suppress(OSError):
@@ -277,7 +287,11 @@ def _check_own(path: pathlib.Path, own: Holder) -> None:
       f"the workdir {path.parent} or its {path.name} was removed during the run. "
       "Outputs in the folder may be incomplete: remove the folder, and start again"
     )
-  raise LostLock(
+  raise _make_taken(path, holder)
+
+
+def _make_taken(path: pathlib.Path, holder: Holder) -> LostLock:
+  return LostLock(
     f"process {holder.pid} on {holder.host} has taken over the workdir {path.parent}, "
     f"because this run gave no sign for {ABANDONED_S:.0f} s: continue the other run"
   )
