@@ -17,7 +17,6 @@ import itertools
 import os
 import pathlib
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,8 +27,7 @@ sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
-from launch import supervisor  # noqa: E402
-from vlmrlaif_jax.core.errors import EXIT_USER_ERROR  # noqa: E402
+from launch import failures, supervisor  # noqa: E402
 from vlmrlaif_jax.core.files import flatten_settings  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
@@ -89,10 +87,7 @@ def main(argv: list[str]) -> None:
   from vlmrlaif_jax.core import distributed
   from vlmrlaif_jax.recipes import machine_faults, runner
 
-  threading.excepthook = print_thread_failure
-  sys.unraisablehook = print_unraisable_error
-  # Orbax logs the traceback of a full disk in a thread, and then raises the error.
-  logging.get_absl_logger().addFilter(machine_faults.is_no_fault)
+  failures.install_handlers()
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:
@@ -104,7 +99,7 @@ def main(argv: list[str]) -> None:
 
       run = program.run
     traced = parse_trace(TRACE.value)
-    run(CONFIG.value, WORKDIR.value, stop, traced, on_taken=end_taken_run)
+    run(CONFIG.value, WORKDIR.value, stop, traced, on_taken=failures.end_taken_run)
   except interrupts.Stopped as stopped:
     if distributed.is_process_zero():
       why = stop.signal or "stopped"
@@ -137,12 +132,6 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
-def end_taken_run(error: Exception) -> NoReturn:
-  """Ends this process before it writes into the workdir that another run has."""
-  print(f"error: {error}", file=sys.stderr, flush=True)
-  os._exit(EXIT_USER_ERROR)
-
-
 def note_own_error(workdir: pathlib.Path, error: Exception) -> None:
   """Notes an error of this process, unless the workdir is another run's."""
   from vlmrlaif_jax.core import distributed
@@ -150,27 +139,6 @@ def note_own_error(workdir: pathlib.Path, error: Exception) -> None:
 
   if not isinstance(error, workdir_lock.WorkdirInUse):
     process_errors.note_error(workdir, distributed.process_index(), error)
-
-
-def print_thread_failure(failed: threading.ExceptHookArgs) -> None:
-  """Prints an error that ends a thread; faults of the machine have no traceback."""
-  from vlmrlaif_jax.recipes import machine_faults
-
-  line = failed.exc_value and machine_faults.describe_thread_failure(failed.exc_value)
-  if line:
-    print(line, file=sys.stderr, flush=True)
-  else:
-    threading.__excepthook__(failed)
-
-
-def print_unraisable_error(failed: sys.UnraisableHookArgs) -> None:
-  """Prints an error that no code can catch, as Python does.
-
-  After a failed save, the storage of Orbax calls back into an event loop that the save
-  has closed. The error of the save itself is printed.
-  """
-  if str(failed.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(failed)
 
 
 def connect_processes() -> None:

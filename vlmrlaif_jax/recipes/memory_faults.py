@@ -23,7 +23,7 @@ from vlmrlaif_jax.stages.stage import get_stage
 # Messages of XLA and of its allocators. Orbax has RESOURCE_EXHAUSTED for a full disk.
 DEVICE_TEXT = re.compile(r"RESOURCE_EXHAUSTED.*([Oo]ut of memory|memory space)", re.S)
 NUM_LARGEST = 3  # Arrays that a message lists.
-MAX_CAUSE = 160  # Characters of the error.
+MAX_ERROR_CHARS = 160  # Characters of the error.
 
 
 class OutOfMemoryError(UserError):
@@ -45,12 +45,15 @@ def explain_exhaustion(config: ConfigDict, stage: str) -> Iterator[None]:
     yield
   except Exception as error:
     causes = list(iterate_causes(error))
-    found = next(filter(is_exhaustion, causes), None)
-    if found is None or isinstance(error, OutOfMemoryError):
+    exhaustion = next(filter(is_exhaustion, causes), None)
+    if exhaustion is None or isinstance(error, OutOfMemoryError):
       raise
     place = ", ".join([stage or "loading of models and data", *list_places(error)])
-    kind = "host" if is_host_error(found) else "device"
-    cause = next(iter(str(found).splitlines()), "")[:MAX_CAUSE] or type(found).__name__
+    kind = "host" if is_host_error(exhaustion) else "device"
+    cause = (
+      next(iter(str(exhaustion).splitlines()), "")[:MAX_ERROR_CHARS]
+      or type(exhaustion).__name__
+    )
     raise OutOfMemoryError(
       f"{place}: the memory of the {kind} is exhausted ({cause}). {describe_use()}. "
       "The same command fails again: first "
