@@ -156,9 +156,11 @@ def test_a_process_of_two_that_is_killed_ends_the_other_one(whole, tmp_path, tmp
     )
 
   several.finish(begin("alone"), tmp_path / "alone_log")
-  delay, killed = random.uniform(5, 30), random.choice([0, 1])
-  print(f"process {killed} is killed after {delay:.2f} s")
+  delay, killed = random.uniform(0, 20), random.choice([0, 1])
+  print(f"process {killed} is killed {delay:.2f} s after they are connected")
   started = begin("run")
+  log = tmp_path / "run_log" / "0"
+  wait_for((tmp_path / "run" / "config.json").exists, started[0], log)
   time.sleep(delay)
   started[killed].kill()
   begun = time.monotonic()
