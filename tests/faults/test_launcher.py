@@ -128,7 +128,7 @@ HOME = {"HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
 
 def open_to_all(tmp_path):
   """Lets other users read the folder, and the model and the videos of all tests."""
-  shared = tmp_path.parent.glob("shared*")
+  shared = [*tmp_path.parent.glob("shared*"), *tmp_path.parent.glob("shared*/**/*")]
   for path in (*tmp_path.parents[:3], tmp_path, *shared):
     path.chmod(0o755)
 
