@@ -17,7 +17,6 @@ import itertools
 import os
 import pathlib
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
-from launch import supervisor  # noqa: E402
+from launch import failures, supervisor  # noqa: E402
 from vlmrlaif_jax.core.files import flatten_settings  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
@@ -88,20 +87,19 @@ def main(argv: list[str]) -> None:
   from vlmrlaif_jax.core import distributed
   from vlmrlaif_jax.recipes import machine_faults, runner
 
-  threading.excepthook = print_thread_failure
-  # Orbax logs the traceback of a full disk in a thread, and then raises the error.
-  logging.get_absl_logger().addFilter(machine_faults.is_no_fault)
+  failures.install_handlers()
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:
-      connect_processes(workdir)
+      connect_processes()
     topologies.init_backend()
     run = runner.run_recipe
     if CONFIG.value.recipe == "pretrain":  # The package does not contain this stage.
       from tools.pretraining import program
 
       run = program.run
-    run(CONFIG.value, WORKDIR.value, stop, parse_trace(TRACE.value))
+    traced = parse_trace(TRACE.value)
+    run(CONFIG.value, WORKDIR.value, stop, traced, on_taken=failures.end_taken_run)
   except interrupts.Stopped as stopped:
     if distributed.is_process_zero():
       why = stop.signal or "stopped"
@@ -123,7 +121,7 @@ def main(argv: list[str]) -> None:
         error,
         code=code,
         heartbeat_s=HEARTBEAT_S.value,
-        note=lambda: supervisor.note_error(workdir, distributed.process_index(), error),
+        note=lambda: note_own_error(workdir, error),
       )
     if not failure:
       raise
@@ -134,18 +132,16 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
-def print_thread_failure(failed: threading.ExceptHookArgs) -> None:
-  """Prints an error that ends a thread; faults of the machine have no traceback."""
-  from vlmrlaif_jax.recipes import machine_faults
+def note_own_error(workdir: pathlib.Path, error: Exception) -> None:
+  """Notes an error of this process, unless the workdir is another run's."""
+  from vlmrlaif_jax.core import distributed
+  from vlmrlaif_jax.recipes import process_errors, workdir_lock
 
-  line = failed.exc_value and machine_faults.describe_thread_failure(failed.exc_value)
-  if line:
-    print(line, file=sys.stderr, flush=True)
-  else:
-    threading.__excepthook__(failed)
+  if not isinstance(error, workdir_lock.WorkdirInUse):
+    process_errors.note_error(workdir, distributed.process_index(), error)
 
 
-def connect_processes(workdir: pathlib.Path) -> None:
+def connect_processes() -> None:
   """Connects this process to the others of the run that the flags describe."""
   from vlmrlaif_jax.core import distributed  # The import takes seconds.
 
@@ -159,7 +155,6 @@ def connect_processes(workdir: pathlib.Path) -> None:
   distributed.connect_processes(
     *place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value
   )
-  distributed.on_process_zero(lambda: supervisor.forget_errors(workdir))
 
 
 def exit_with_error(message: str) -> NoReturn:

@@ -7,20 +7,18 @@ child. JAX's message on stderr names the lost processes. `docs/launching.md` lis
 exit codes. Nothing here imports JAX: only the child may open the devices.
 """
 
-import contextlib
 import glob
 import importlib.util
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 
-from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE, SIGNALS
+from vlmrlaif_jax.recipes import process_errors
 
 CHILD = "VLMRLAIF_CHILD"  # Set in the environment of the child.
 SLURM = (
@@ -69,8 +67,9 @@ def run_child(command: Sequence[str], workdir: pathlib.Path) -> int:
 
   Args:
     command: Command line of this process.
-    workdir: Folder of the notes by `note_error`.
+    workdir: Folder of the run, with notes of errors.
   """
+  earlier = process_errors.read_errors(workdir)
   child = subprocess.Popen(
     command,
     # All processes must trace programs in the same order, so sets need a fixed order.
@@ -79,18 +78,21 @@ def run_child(command: Sequence[str], workdir: pathlib.Path) -> int:
   )
   for number in SIGNALS:
     signal.signal(number, lambda number, frame: child.send_signal(number))
-  message, code = explain_exit(child.wait(), workdir)
+  code = child.wait()
+  notes = process_errors.read_errors(workdir)
+  failures = [text for key, text in notes.items() if key not in earlier]
+  message, code = explain_exit(code, failures)
   if message:
     print(message, file=sys.stderr, flush=True)
   return code
 
 
-def explain_exit(code: int, workdir: pathlib.Path) -> tuple[str, int]:
+def explain_exit(code: int, failures: Sequence[str]) -> tuple[str, int]:
   """Returns (message, exit code) for the end of a child.
 
   Args:
     code: Return code of subprocess; negative for a signal.
-    workdir: Folder of the notes by `note_error`.
+    failures: Errors of other processes.
   """
   if code >= 0:
     return "", code  # The child has printed its own message.
@@ -101,8 +103,9 @@ def explain_exit(code: int, workdir: pathlib.Path) -> tuple[str, int]:
       "Start all processes again with the same command to resume",
       128 - code,
     )
-  if failures := _read_errors(workdir):
-    return "\n".join(["error: another process failed:", *failures]), 1
+  if failures:
+    lines = ["error: another process failed:", *(f"  {text}" for text in failures)]
+    return "\n".join(lines), 1
   return (
     "error: this process was aborted because a peer process was lost, or did not "
     "appear within --start_s; the message of JAX above names it. A process counts as "
@@ -111,33 +114,3 @@ def explain_exit(code: int, workdir: pathlib.Path) -> tuple[str, int]:
     "to resume",
     EXIT_RESUMABLE,
   )
-
-
-def note_error(workdir: pathlib.Path, process: int, error: BaseException) -> None:
-  """Writes an error to the workdir, where the parents of other processes read it.
-
-  Args:
-    workdir: Folder of the run.
-    process: Index of this process.
-    error: The error.
-  """
-  text = f"process {process}: {type(error).__name__}: {error}"
-  with contextlib.suppress(OSError):  # The disk itself may be the cause.
-    workdir.mkdir(parents=True, exist_ok=True)
-    replace_text(workdir / f"error_of_process_{process}.txt", text)
-
-
-def forget_errors(workdir: pathlib.Path) -> None:
-  """Removes the notes of `note_error` before a new start."""
-  for path in _list_notes(workdir):
-    path.unlink()
-
-
-def _read_errors(workdir: pathlib.Path) -> list[str]:
-  return [f"  {path.read_text()}" for path in _list_notes(workdir)]
-
-
-def _list_notes(workdir: pathlib.Path) -> list[pathlib.Path]:
-  """Lists the notes of `note_error`; other files of the user are not among them."""
-  name = re.compile("error_of_process_[0-9]+[.]txt")
-  return sorted(p for p in workdir.glob("*.txt") if name.fullmatch(p.name))

@@ -6,7 +6,7 @@ python -m tools.list_faults
 import pathlib
 
 from perf.pages import replace_block
-from tests.faults import catalog
+from tests.faults import catalog, tried
 from vlmrlaif_jax.core.markdown import markdown_table
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
@@ -31,7 +31,7 @@ def make_tables() -> str:
   ]
   others = [
     (case.fault, case.seen, case.recovered, f"`tests/{case.test}`")
-    for case in catalog.OTHERS
+    for case in tried.OTHERS
   ]
   return "\n".join(
     [

@@ -73,6 +73,34 @@ def test_worker_that_dies_in_the_middle_of_a_reply_fails_that_request_alone(fata
   assert [first, *others] == [b"x" * 100] * 3
 
 
+# Kills itself, or stops itself, at its first request, but not once the file is there.
+ONCE = """
+import os, pathlib, sys
+from vlmrlaif_jax.data import worker_pool
+def answer(request):
+  number, path = request
+  if number and not pathlib.Path(path).exists():
+    pathlib.Path(path).touch()
+    os.kill(os.getpid(), number)
+  return b"x"
+worker_pool.serve_requests(answer)
+"""
+
+
+def test_the_request_of_a_killed_worker_is_answered_by_another_one(tmp_path):
+  requests = [(0, ""), (signal.SIGKILL, str(tmp_path / "died")), (0, ""), (0, "")]
+  assert answers(requests, [sys.executable, "-c", ONCE]) == [b"x"] * 4
+  assert (tmp_path / "died").exists()
+
+
+def test_a_stopped_worker_ends_at_its_deadline_and_the_others_answer(tmp_path):
+  requests = [(0, ""), (signal.SIGSTOP, str(tmp_path / "stopped")), (0, ""), (0, "")]
+  command = [sys.executable, "-c", ONCE]
+  work = worker_pool.run_workers(command, requests, workers=2, timeout_s=4.0)
+  first, stopped, *others = work
+  assert "no answer within 4 s" in stopped and [first, *others] == [b"x"] * 3
+
+
 LIMITED = """
 import os, resource
 from vlmrlaif_jax.data import worker_pool

@@ -108,7 +108,8 @@ def _drop_times(content):
     value = json.loads(content)
   except ValueError:
     return content
-  return {k: x for k, x in value.items() if k not in ("time", "seconds", "started")}
+  times = ("time", "seconds", "started", runner.MEASURED)
+  return {k: x for k, x in value.items() if k not in times}
 
 
 def read_params(folder):

@@ -1,49 +1,27 @@
 """Faults of the disk in the real program, with the tiny model and its world."""
 
-import functools
 import os
-import pathlib
-import subprocess
-import sys
+import shutil
 
 import pytest
 
-from tests.helpers import several, small
+from tests.faults.program import (
+  LIMIT_S,
+  check_line,
+  check_nothing_left,
+  check_whole,
+  copy_before,
+  make_command,
+  measure_kib,
+  needs_mount,
+  read,
+  run,
+  run_mounted,
+  start,
+  wait_for,
+)
 from vlmrlaif_jax.core.errors import EXIT_USER_ERROR
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
-
-ROOT = pathlib.Path(__file__).parents[2]
-STAGES = ("sft_short", "sft_long", "rm", "ppo")
-LIMIT_S = 900
-
-
-def make_command(tiny_settings, workdir, **more):
-  settings = {
-    **tiny_settings,
-    "stages": STAGES,
-    "ppo.save_every": 1,
-    "ppo.minibatches": 2,
-    **more,
-  }
-  return [
-    sys.executable, "launch/run.py", "--config=configs/ppo.py",
-    f"--workdir={workdir}", *small.flags(settings),
-  ]  # fmt: skip
-
-
-def run(command, **env):
-  return subprocess.run(
-    command, cwd=ROOT, env=several.environment(**env), capture_output=True,
-    text=True, timeout=LIMIT_S,
-  )  # fmt: skip
-
-
-def check_line(done, code, *words):
-  """Checks that a program ends in one line without a traceback."""
-  assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
-  assert "Traceback" not in done.stderr and "sys.meta_path" not in done.stderr
-  line = next(x for x in done.stderr.splitlines() if x.startswith("error: "))
-  assert all(word in line for word in words), line
 
 
 def make_file(folder):
@@ -73,104 +51,137 @@ def test_a_workdir_that_cannot_be_written_is_one_line(
   check_line(done, EXIT_USER_ERROR, words, name[:20])
 
 
-needs_mount = pytest.mark.skipif(
-  subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
-  reason="mounting requires user namespaces",
-)
-
-
-def run_mounted(command, folder, size, prepare=""):
-  """Runs a command whose workdir's parent is a tmpfs, and copies it back after.
-
-  Args:
-    command: Arguments.
-    folder: Folder with the content; it receives what the run leaves.
-    size: Options of the mount, as "size=2m".
-    prepare: Commands of the shell that run before, with the tmpfs as $2.
-  """
-  disk = folder.with_name("disk")
-  disk.mkdir(exist_ok=True)
-  script = f"""
-    mount -t tmpfs -o {size} tmpfs "$2" && cp -a "$1/." "$2/" || exit 99
-    cd {ROOT} && {prepare}
-    shift 2; "$@"; code=$?
-    cd / && mount -o remount,rw "{disk}"; rm -rf "{folder}" && cp -a "{disk}" "{folder}"
-    exit $code
-  """
-  return run(["unshare", "-rm", "bash", "-c", script, "sh", folder, disk, *command])
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_settings, tmp_path_factory):
-  """(command of a workdir, the folder with the workdir of a run left alone)."""
-  folder = tmp_path_factory.mktemp("disk") / "whole"
-  command = functools.partial(make_command, tiny_settings)
-  done = run(command(folder / "run"))
-  assert done.returncode == 0, done.stderr[-3000:]
-  return command, folder
-
-
-def read(folder):
-  metrics = {stage: small.metrics(folder / "run" / stage) for stage in STAGES}
-  samples = sorted((folder / "run" / "ppo" / "samples").iterdir())
-  return metrics, [path.read_bytes() for path in samples]
-
-
-def measure_kib(folder):
-  return sum(f.stat().st_blocks for f in folder.rglob("*") if f.is_file()) // 2
+@pytest.fixture
+def disk(tmp_path):
+  """(the folder that a run finds on its disk, the folder where the disk is mounted)."""
+  (tmp_path / "mine").mkdir()
+  return tmp_path / "mine", tmp_path / "disk"
 
 
 @pytest.mark.faults
 @needs_mount
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97])
 def test_a_full_disk_ends_in_one_line_and_the_next_start_is_equal(
-  whole, tmp_path, share
+  whole, disk, tmpdir, share
 ):
-  command, folder = whole
-  mine, disk = tmp_path / "mine", tmp_path / "disk"
-  mine.mkdir()
+  (command, folder), (mine, mounted) = whole, disk
   size = f"size={max(int(measure_kib(folder) * share), 8)}k"
-  done = run_mounted(command(disk / "run"), mine, size)
-  check_line(done, EXIT_RESUMABLE, "no space", str(disk / "run"), "resume")
-  assert not [*mine.rglob("done.json.*.tmp")]
-  again = run_mounted(command(disk / "run"), mine, "size=200m")
-  assert again.returncode == 0, again.stderr[-3000:]
-  assert read(mine) == read(folder)
+  done = run_mounted(command(mounted / "run"), mine, size, TMPDIR=str(tmpdir))
+  check_line(done, EXIT_RESUMABLE, "no space", str(mounted / "run"), "resume")
+  check_nothing_left(mine / "run", tmpdir)
+  check_whole(run_mounted(command(mounted / "run"), mine, "size=200m"))
+  assert read(mine / "run") == read(folder / "run")
 
 
 @pytest.mark.faults
 @needs_mount
 @pytest.mark.parametrize("inodes", [4, 20, 60, 90])
-def test_a_disk_without_inodes_ends_in_one_line(whole, tmp_path, inodes):
-  command, folder = whole
-  mine, disk = tmp_path / "mine", tmp_path / "disk"
-  mine.mkdir()
-  done = run_mounted(command(disk / "run"), mine, f"size=200m,nr_inodes={inodes}")
+def test_a_disk_without_inodes_ends_in_one_line(whole, disk, tmpdir, inodes):
+  (command, folder), (mine, mounted) = whole, disk
+  size = f"size=200m,nr_inodes={inodes}"
+  done = run_mounted(command(mounted / "run"), mine, size, TMPDIR=str(tmpdir))
   check_line(done, EXIT_RESUMABLE, "no inodes", "resume")
-  again = run_mounted(command(disk / "run"), mine, "size=200m")
-  assert again.returncode == 0, again.stderr[-3000:]
-  assert read(mine) == read(folder)
+  check_nothing_left(mine / "run", tmpdir)
+  check_whole(run_mounted(command(mounted / "run"), mine, "size=200m"))
+  assert read(mine / "run") == read(folder / "run")
 
 
 @pytest.mark.faults
 @needs_mount
-def test_a_read_only_disk_is_one_line(whole, tmp_path):
-  command, _ = whole
-  mine, disk = tmp_path / "mine", tmp_path / "disk"
-  mine.mkdir()
-  prepare = 'mount -o remount,ro "$2"'
-  done = run_mounted(command(disk / "run"), mine, "size=200m", prepare)
-  check_line(done, EXIT_USER_ERROR, "read-only", str(disk))
+def test_a_full_disk_leaves_no_half_report(whole, disk, tmpdir):
+  (command, folder), (mine, mounted) = whole, disk
+  shutil.copytree(folder / "run", mounted / "run")
+  check_whole(run(command(mounted / "run")))  # Paths of the workdir are of this one.
+  shutil.move(mounted / "run", mine / "run")
+  (mine / "run" / "report.html").unlink()
+  fill = 'dd if=/dev/zero of="$2/fill" bs=4096 2> /dev/null; truncate -s -64k "$2/fill"'
+  env = {"TMPDIR": str(tmpdir)}
+  done = run_mounted(command(mounted / "run"), mine, "size=50m", fill, **env)
+  check_line(done, EXIT_RESUMABLE, "no space", str(mounted / "run" / "report.html"))
+  assert not (mine / "run" / "report.html").exists()
+  check_nothing_left(mine / "run", tmpdir)
+  (mine / "fill").unlink()
+  check_whole(run_mounted(command(mounted / "run"), mine, "size=50m"))
+  assert (mine / "run" / "report.html").exists()
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can run as another user")
+@needs_mount
+@pytest.mark.parametrize("stage", ["sft_short", "ppo"])
+def test_a_read_only_disk_is_one_line(whole, disk, tmpdir, stage):
+  (command, folder), (mine, mounted) = whole, disk
+  copy_before(folder, mine / "run", stage)
+  prepare = 'mount -o remount,ro "$2"'
+  env = {"TMPDIR": str(tmpdir)}
+  done = run_mounted(command(mounted / "run"), mine, "size=200m", prepare, **env)
+  check_line(done, EXIT_USER_ERROR, "read-only", str(mounted))
+  check_nothing_left(mine / "run", tmpdir)
+
+
+as_root = pytest.mark.skipif(
+  os.getuid() != 0, reason="only root can run as another user"
+)
+NOBODY = 65534
+AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+HOME = {"HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def open_to_all(tmp_path):
+  """Lets other users read the folder, and the model and the videos of all tests."""
+  shared = [*tmp_path.parent.glob("shared*"), *tmp_path.parent.glob("shared*/**/*")]
+  for path in (*tmp_path.parents[:3], tmp_path, *shared):
+    path.chmod(0o755)
+
+
+def give_away(workdir):
+  for path in [workdir, *workdir.rglob("*")]:
+    os.chown(path, NOBODY, NOBODY)
+
+
+@pytest.mark.faults
+@as_root
 def test_a_workdir_of_another_user_is_one_line(whole, tmp_path):
   command, _ = whole
   (tmp_path / "run").mkdir(mode=0o755)
-  for path in (*tmp_path.parents[:2], tmp_path):
-    path.chmod(0o755)
-  as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-  home = {"HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
-  done = run([*as_nobody, *command(tmp_path / "run")], **home)
+  open_to_all(tmp_path)
+  done = run([*AS_NOBODY, *command(tmp_path / "run")], **HOME)
   check_line(done, EXIT_USER_ERROR, "permission denied", str(tmp_path / "run"))
+
+
+@pytest.mark.faults
+@as_root
+def test_a_stage_of_another_user_is_one_line(whole, tmp_path, tmpdir):
+  command, folder = whole
+  copy_before(folder, tmp_path / "run", "ppo")
+  give_away(tmp_path / "run")
+  (tmp_path / "run" / "ppo").mkdir(mode=0o755)
+  open_to_all(tmp_path)
+  done = run([*AS_NOBODY, *command(tmp_path / "run")], **HOME, TMPDIR=str(tmpdir))
+  check_line(done, EXIT_USER_ERROR, "permission denied", str(tmp_path / "run" / "ppo"))
+  check_nothing_left(tmp_path / "run", tmpdir)
+  give_away(tmp_path / "run")
+  check_whole(run([*AS_NOBODY, *command(tmp_path / "run")], **HOME))
+  assert read(tmp_path / "run") == read(folder / "run")
+
+
+@pytest.mark.faults
+@as_root
+def test_a_stage_that_becomes_read_only_is_one_line(whole, tmp_path, tmpdir):
+  command, folder = whole
+  workdir, log = tmp_path / "run", tmp_path / "log"
+  copy_before(folder, workdir, "ppo")
+  give_away(workdir)
+  open_to_all(tmp_path)
+  command = [*AS_NOBODY, *command(workdir)]
+  process = start(command, log, **HOME, TMPDIR=str(tmpdir))
+  wait_for((workdir / "ppo" / "metrics.jsonl").exists, process, log)
+  for path in (workdir / "ppo", *(workdir / "ppo").iterdir()):
+    path.chmod(0o555)
+  code, said = process.wait(LIMIT_S), log.read_text()
+  assert code == EXIT_USER_ERROR and "Traceback" not in said, said[-3000:]
+  assert "error: permission denied" in said and str(workdir / "ppo") in said
+  for path in (workdir / "ppo", *(workdir / "ppo").iterdir()):
+    path.chmod(0o755)
+  check_nothing_left(workdir, tmpdir)
+  check_whole(run(command, **HOME))
+  assert read(workdir) == read(folder / "run")

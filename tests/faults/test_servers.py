@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.faults.catalog import flip
+from tests.faults.damage import flip
 from tests.feedback.chat_server import (
   Chat,
   completion,

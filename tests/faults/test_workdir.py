@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.faults import catalog, pipeline
+from tests.faults import catalog, damage, pipeline, tried
 from vlmrlaif_jax.recipes import machine_faults, runner, workdir_lock
 
 
@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_of_an_earlier_stage_is_named_with_its_remedy(
 ):
   shutil.copytree(whole / "rm", tmp_path / "rm")
   folder = tmp_path / "rm" / "checkpoints" / "3"
-  catalog.remove_data(folder)
+  damage.remove_data(folder)
   with pytest.raises(Exception, match=f"{folder} is damaged.*done.json") as failed:
     pipeline.read_params(folder)
   _, code = machine_faults.describe_failure(failed.value, tmp_path)
@@ -102,7 +102,7 @@ def test_a_run_that_lost_its_workdir_to_another_stops(tmp_path, monkeypatch):
 
 
 def test_every_fault_has_its_test():
-  for case in catalog.OTHERS:
+  for case in tried.OTHERS:
     file, name = case.test.split("::")
     path = pathlib.Path(__file__).parents[1] / file
     assert f"def {name}(" in path.read_text(), case.test

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.catalog import flip
+from tests.faults.damage import flip
 from tests.feedback.chat_server import Chat
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.feedback.endpoint import Endpoint, default_config

@@ -10,6 +10,7 @@ import pytest
 
 from launch import supervisor
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
+from vlmrlaif_jax.recipes import process_errors
 from vlmrlaif_jax.training.alarms import EXIT_ALARM
 
 SLURM = dict.fromkeys(supervisor.SLURM, "0")
@@ -59,30 +60,38 @@ def test_aborted_child_is_resumable_and_its_parent_names_the_cause(tmp_path):
   assert "--heartbeat_s" in said and "--start_s" in said
 
 
+# Writes a note as another process does, and is aborted.
+NOTES = """
+import os, pathlib, sys
+from vlmrlaif_jax.recipes import process_errors
+process_errors.note_error(pathlib.Path({workdir!r}), 1, ValueError("a cat"))
+os.abort()
+"""
+
+
 def test_error_of_another_process_is_named_and_not_resumable(tmp_path):
-  supervisor.note_error(tmp_path, 1, ValueError("a cat"))
-  code, said = end_of("import os; os.abort()", tmp_path)
+  code, said = end_of(NOTES.format(workdir=str(tmp_path)), tmp_path)
   assert code == 1 and "process 1: ValueError: a cat" in said
 
 
-def test_forgotten_error_counts_no_more(tmp_path):
-  supervisor.note_error(tmp_path, 1, ValueError("a cat"))
-  supervisor.forget_errors(tmp_path)
-  assert supervisor.explain_exit(-signal.SIGABRT, tmp_path)[1] == EXIT_RESUMABLE
+def test_error_of_an_earlier_start_counts_no_more(tmp_path):
+  process_errors.note_error(tmp_path, 1, ValueError("a cat"))
+  code, said = end_of("import os; os.abort()", tmp_path)
+  assert code == EXIT_RESUMABLE and "a cat" not in said
 
 
 @pytest.mark.parametrize("name", ["error_1.txt", "error_of_process_x.txt"])
 def test_file_of_the_user_is_no_note_and_stays(tmp_path, name):
   (tmp_path / name).write_text("mine")
-  assert supervisor.explain_exit(-signal.SIGABRT, tmp_path)[1] == EXIT_RESUMABLE
-  supervisor.forget_errors(tmp_path)
+  assert process_errors.read_errors(tmp_path) == {}
+  process_errors.forget_errors(tmp_path)
   assert (tmp_path / name).read_text() == "mine"
 
 
 def test_note_is_not_written_through_a_link(tmp_path):
   (tmp_path / "other").write_text("mine")
   (tmp_path / "error_of_process_1.txt").symlink_to(tmp_path / "other")
-  supervisor.note_error(tmp_path, 1, ValueError("a cat"))
+  process_errors.note_error(tmp_path, 1, ValueError("a cat"))
   assert (tmp_path / "other").read_text() == "mine"
 
 

@@ -1,6 +1,7 @@
 """Which stages run, in what order, and in which workdir."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -121,7 +122,21 @@ def test_an_evaluation_runs_again_when_a_policy_has_come(tmp_path, ran):
     runner.run_recipe(config(("sft_long", "eval")), str(tmp_path))
   assert stages == ["sft_long", "eval", "eval"]
   done = json.loads((tmp_path / "eval" / "done.json").read_text())
-  assert done["measured"] == {"held_out": ["dpo"]}
+  assert done["measured_policies"]["held_out"].keys() == {"dpo"}
+
+
+def test_an_evaluation_runs_again_when_a_policy_was_trained_again(tmp_path, ran):
+  _, stages = ran
+  run = lambda: runner.run_recipe(config(("sft_long", "eval")), str(tmp_path))
+  save_policy(tmp_path / "ppo")
+  for _ in range(2):
+    run()
+  assert stages == ["sft_long", "eval"]
+  shutil.rmtree(tmp_path / "ppo")
+  save_policy(tmp_path / "ppo")
+  for _ in range(2):
+    run()
+  assert stages == ["sft_long", "eval", "eval"]
 
 
 def test_an_evaluation_runs_again_for_more_benchmarks(tmp_path, ran):
@@ -132,10 +147,11 @@ def test_an_evaluation_runs_again_for_more_benchmarks(tmp_path, ran):
     )
   assert stages == ["sft_long", "eval", "eval"]
   done = json.loads((tmp_path / "eval" / "done.json").read_text())
-  assert done["measured"] == {"held_out": [], "chair": []}
+  assert done["measured_policies"] == {"held_out": {}, "chair": {}}
 
 
 def save_policy(folder):
+  write_facts(folder, "A policy")
   state = TrainState(np.int32(1), {"x": np.zeros(1)}, np.zeros(1))
   checkpoint.save_train_state(str(folder / "checkpoints"), state, 1, keep=1)
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.recipes import runner, validation, workdir_lock
+from vlmrlaif_jax.recipes import process_errors, runner, validation, workdir_lock
 
 HOLD = """
 import pathlib, sys, time
@@ -163,15 +163,24 @@ def test_a_heartbeat_is_renewed_and_does_not_restore_a_removed_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_refused_run_leaves_the_config_as_it_is(tmp_path):
+def test_a_refused_run_leaves_the_config_and_notes_of_errors_as_they_are(tmp_path):
   made = lambda kl_coef: small.config({"data.prompt_len": 64}, ppo__kl_coef=kl_coef)
   runner.check_workdir(made(0.25), tmp_path)
-  before = (tmp_path / "config.json").read_bytes()
+  process_errors.note_error(tmp_path, 0, ValueError("a cat"))
+  files = lambda: {path.name: path.read_bytes() for path in tmp_path.glob("*.[jt]*")}
+  before = files()
   with running(tmp_path) as process:
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"process {process.pid}"):
+    with pytest.raises(workdir_lock.WorkdirInUse, match=f"process {process.pid}"):
       runner.run_recipe(made(0.5), str(tmp_path))
-  assert (tmp_path / "config.json").read_bytes() == before
+  assert files() == before and len(before) == 3
+
+
+def test_the_holder_of_the_workdir_removes_notes_of_errors(tmp_path):
+  process_errors.note_error(tmp_path, 0, ValueError("a cat"))
+  with contextlib.ExitStack() as stack:
+    runner.lock_workdir(tmp_path, stack)
+    assert process_errors.read_errors(tmp_path) == {}
 
 
 @pytest.mark.parametrize("name", ["lr[1e-3]", "a*", "what?", "a\\b", "caf\udce9"])

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from tools.pretraining import llava_base, qwen_base, tokenizer
 from tools.pretraining.base import PHASES, Base, World
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.core.interrupts import StageMonitor
 from vlmrlaif_jax.core.profiling import ProfilerTrace
@@ -36,6 +37,7 @@ def run(
   workdir: str,
   stop: Callable[[], bool] = lambda: False,
   traced: range = range(0),
+  on_taken: Callable[[UserError], None] = lambda error: None,
 ) -> None:
   """Renders the world, trains tokenizer and model, and exports both to workdir/export.
 
@@ -44,6 +46,7 @@ def run(
     workdir: Folder of the run.
     stop: Returns whether to stop; called between steps.
     traced: Steps of each phase that are profiled.
+    on_taken: See hold_workdir.
 
   Raises:
     HostError: There are several processes.
@@ -54,7 +57,7 @@ def run(
     )
   root = pathlib.Path(workdir)
   validation.check_workdir_path(root.absolute())
-  with workdir_lock.hold_workdir(root):
+  with workdir_lock.hold_workdir(root, on_taken=on_taken):
     _run_locked(config, root, stop, traced)
 
 

@@ -26,6 +26,49 @@ class ResumableError(UserError):
   """An error after which the same command resumes the run."""
 
 
+PLACE_NOTE = "In "  # Start of a note about the place of an error.
+
+
+@contextmanager
+def note_place(place: str) -> Iterator[None]:
+  """Adds a place, as "step 3", to the notes of an error of the block."""
+  try:
+    yield
+  except Exception as error:
+    error.add_note(f"{PLACE_NOTE}{place}")
+    raise
+
+
+def iterate_causes(error: BaseException) -> Iterator[BaseException]:
+  """Yields an error, its causes and the errors that it was raised during."""
+  todo: list[BaseException | None] = [error]
+  seen: set[int] = set()
+  while todo:
+    each = todo.pop(0)
+    if each is not None and id(each) not in seen:
+      seen.add(id(each))
+      yield each
+      parts = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+      todo += [*parts, each.__cause__, each.__context__]
+
+
+def list_places(error: BaseException) -> list[str]:
+  """Returns the places that `note_place` has added, the outermost first.
+
+  >>> try:
+  ...   with note_place("step 3"), note_place("update"):
+  ...     raise MemoryError
+  ... except MemoryError as error:
+  ...   list_places(error)
+  ['step 3', 'update']
+  """
+  places: list[str] = []
+  for each in iterate_causes(error):
+    notes = reversed(each.__dict__.get("__notes__", ()))
+    places += [n.removeprefix(PLACE_NOTE) for n in notes if n.startswith(PLACE_NOTE)]
+  return places
+
+
 def make_printable(text: str) -> str:
   r"""Returns a text whose control characters and lone surrogates are escaped.
 

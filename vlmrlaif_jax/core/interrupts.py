@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+from vlmrlaif_jax.core.errors import note_place
+
 # Exit code (EX_TEMPFAIL) of a stopped run, which the same command resumes.
 EXIT_RESUMABLE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -56,7 +58,8 @@ class StageMonitor(NamedTuple):
 
     def watched(block: range) -> Rows:
       self.check(f"the {block.start} rows before this block are saved")
-      with self.step(next(numbers)):
+      rows = f"rows {block.start} to {block.stop - 1}"
+      with self.step(next(numbers)), note_place(rows):
         return make(block)
 
     return watched

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
+from vlmrlaif_jax.core.errors import note_place
+
 IDLE_PHASE = "idle"  # Time outside of all phases, in which the device has no work.
 
 
@@ -28,7 +30,7 @@ class PhaseTimer:
     self._add_elapsed()
     self._names.append(name)
     try:
-      with jax.profiler.TraceAnnotation(name):
+      with jax.profiler.TraceAnnotation(name), note_place(f"the phase {name!r}"):
         yield
     finally:
       self._add_elapsed()

@@ -132,7 +132,9 @@ def run_workers(
   """Yields the answer to each request in order, or the reason why there is none.
 
   A process that exceeds the time limit or dies is replaced. Only its current request
-  fails. A worker waits until its answer is read, which bounds the memory of answers.
+  fails. A request during which a process died is sent to a second one, because the
+  cause may be the machine: a process that needs memory may end another one's decoder.
+  A worker waits until its answer is read, which bounds the memory of answers.
 
   Args:
     command: Command line of a process that calls `serve_requests`.
@@ -147,6 +149,7 @@ def run_workers(
   todo = deque(enumerate(requests))
   pool = [_Worker(command) for _ in range(min(workers, len(todo)))]
   early: dict[int, Any] = {}  # Answers arrive in any order.
+  final: set[int] = set()  # Requests that are not sent again.
   due = 0
   try:
     while pool:
@@ -158,9 +161,13 @@ def run_workers(
           answer = worker.receive()
         elif worker.deadline <= time.monotonic():
           answer = worker.await_answer()
+          final.add(worker.index)
         else:
           continue
-        if worker.index != START:
+        if worker.connection.closed and worker.index not in final:
+          final.add(worker.index)
+          todo.appendleft((worker.index, requests[worker.index]))
+        elif worker.index != START:
           early[worker.index] = answer
         if todo and not worker.connection.closed and worker.num_requests < lifetime:
           worker.send(*todo.popleft(), timeout_s)

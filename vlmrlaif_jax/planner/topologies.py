@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 GIB = 2**30
 
@@ -157,12 +157,19 @@ def has_accelerator() -> bool:
   return sys.platform != "linux" or any(map(glob.glob, _DRIVERS))
 
 
+def _open_buffer() -> BinaryIO:
+  """Opens a file of no folder, because none may be writable but the workdir."""
+  if sys.platform == "linux":
+    return os.fdopen(os.memfd_create("stderr"), "w+b")
+  return tempfile.TemporaryFile()
+
+
 @contextmanager
 def drop_plugin_noise() -> Iterator[None]:
   """Holds back stderr during the block, then writes it without the plugin's lines."""
   sys.stderr.flush()
   terminal = os.dup(2)
-  with tempfile.TemporaryFile() as buffer:
+  with _open_buffer() as buffer:
     os.dup2(buffer.fileno(), 2)
     try:
       yield

@@ -8,10 +8,14 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, ResumableError, UserError
+from vlmrlaif_jax.core.errors import (
+  EXIT_USER_ERROR,
+  ResumableError,
+  UserError,
+  iterate_causes,
+)
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 
@@ -56,6 +60,12 @@ MACHINE_FAULTS = {
     "Raise ulimit -n, then run the same command to resume",
     EXIT_RESUMABLE,
   ),
+  errno.ENOMEM: Fault(
+    "the memory of the host is exhausted",
+    "The same command fails again: first end other programs, or raise ulimit -v or the "
+    "limit of the container",
+    EXIT_USER_ERROR,
+  ),
   errno.EROFS: Fault(
     "the file system is read-only",
     "Mount it writable or give another --workdir; the same command then resumes",
@@ -98,7 +108,7 @@ def describe_failure(
   if isinstance(error, UserError):
     is_resumable = isinstance(error, ResumableError)
     return str(error), EXIT_RESUMABLE if is_resumable else EXIT_USER_ERROR
-  for each in _iterate_causes(error):
+  for each in iterate_causes(error):
     number, path = _find_fault(each)
     if number is not None:
       return _format_fault(MACHINE_FAULTS[number], path, root.absolute())
@@ -118,7 +128,7 @@ def describe_thread_failure(error: BaseException) -> str | None:
 def is_no_fault(record: logging.LogRecord) -> bool:
   """Returns False for a log record with the traceback of a fault of the machine."""
   error = record.exc_info and record.exc_info[1]
-  return not error or all(_find_fault(x)[0] is None for x in _iterate_causes(error))
+  return not error or all(_find_fault(x)[0] is None for x in iterate_causes(error))
 
 
 def _format_fault(fault: Fault, path: str, root: pathlib.Path) -> tuple[str, int]:
@@ -130,22 +140,11 @@ def _format_fault(fault: Fault, path: str, root: pathlib.Path) -> tuple[str, int
   return f"{fault.name}: {place}.{saved} {fault.remedy}.", fault.code
 
 
-def _iterate_causes(error: BaseException) -> Iterator[BaseException]:
-  """Yields an error, its causes and the errors that it was raised during."""
-  todo: list[BaseException | None] = [error]
-  seen: set[int] = set()
-  while todo:
-    each = todo.pop(0)
-    if each is not None and id(each) not in seen:
-      seen.add(id(each))
-      yield each
-      parts = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
-      todo += [*parts, each.__cause__, each.__context__]
-
-
 def _find_fault(error: BaseException) -> tuple[int | None, str]:
   """Returns the number of a fault, None for another error, and its path."""
   text = str(error)
+  if isinstance(error, MemoryError):
+    return errno.ENOMEM, ""
   if isinstance(error, OSError):
     # Of a replaced or renamed file, the new path is the one that the user knows.
     path = error.filename2 or error.filename or ""

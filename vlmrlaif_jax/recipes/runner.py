@@ -24,6 +24,8 @@ from vlmrlaif_jax.planner import memory
 from vlmrlaif_jax.recipes import (
   compilation_cache,
   data_files,
+  memory_faults,
+  process_errors,
   stage_outputs,
   validation,
   workdir_lock,
@@ -37,10 +39,12 @@ from vlmrlaif_jax.stages.stage import (
   get_stage,
   list_policy_stages,
   load_stages,
+  read_start,
   write_facts,
 )
 from vlmrlaif_jax.training import checkpoint
 
+MEASURED = "measured_policies"  # Key of done.json: the policies of each part.
 CONFIG_REMEDY = (
   "restore it from a copy, or remove it if this command has the settings of the run"
 )
@@ -51,6 +55,7 @@ def run_recipe(
   workdir: str,
   stop: Callable[[], bool] = lambda: False,
   traced: range = range(0),
+  on_taken: Callable[[UserError], None] = lambda error: None,
 ) -> pathlib.Path:
   """Runs the unfinished stages, writes the report and returns the report's path.
 
@@ -59,6 +64,8 @@ def run_recipe(
     workdir: Folder of all outputs.
     stop: Returns whether to stop now; called between steps.
     traced: Steps of each stage for which a profiler trace is written.
+    on_taken: Called in a thread when another run has taken over the workdir; see
+      hold_workdir.
 
   Raises:
     Stopped: `stop` returned True. Finished steps are saved.
@@ -71,7 +78,7 @@ def run_recipe(
   validation.check_recipe(config)
   validation.check_no_links(root, list_stages(config))
   with contextlib.ExitStack() as stack:
-    check_lock = lock_workdir(root, stack)
+    check_lock = lock_workdir(root, stack, on_taken)
 
     def check_and_stop() -> bool:
       check_lock()
@@ -88,18 +95,34 @@ def run_recipe(
   return path
 
 
-def lock_workdir(root: pathlib.Path, stack: contextlib.ExitStack) -> Callable[[], None]:
+def lock_workdir(
+  root: pathlib.Path,
+  stack: contextlib.ExitStack,
+  on_taken: Callable[[UserError], None] = lambda error: None,
+) -> Callable[[], None]:
   """Locks a workdir until the stack ends. Process 0 locks for all processes.
+
+  It also removes notes of errors of earlier starts.
 
   Returns:
     A function that raises if the lock is lost.
 
   Raises:
-    UserError: Another run holds the workdir.
+    WorkdirInUse: Another run holds the workdir. Every process raises.
   """
   checks: list[Callable[[], None]] = []
-  lock = workdir_lock.hold_workdir(root, distributed.print_once)
-  distributed.on_process_zero(lambda: checks.append(stack.enter_context(lock)))
+  lock = workdir_lock.hold_workdir(root, distributed.print_once, on_taken=on_taken)
+
+  def take() -> str:
+    try:
+      checks.append(stack.enter_context(lock))
+    except workdir_lock.WorkdirInUse as error:
+      return str(error)
+    process_errors.forget_errors(root)
+    return ""
+
+  if refusal := distributed.on_process_zero(take):
+    raise workdir_lock.WorkdirInUse(refusal)
   return checks[0] if checks else lambda: None
 
 
@@ -131,7 +154,8 @@ def _run_stages(
   if todo:
     try:
       memory.check_memory(config, todo)
-      run = loading.create_run(config, root, watch=StageMonitor(stop))
+      with memory_faults.explain_exhaustion(config, ""):
+        run = loading.create_run(config, root, watch=StageMonitor(stop))
       data_files.check_videos(run, is_begun=is_begun)
     # The data or the model of the config is invalid, or lacks a file.
     except (ValueError, FileNotFoundError) as error:
@@ -181,7 +205,7 @@ def _run_stage(
   entry = get_stage(stage)
   resumed = checkpoint.get_latest_step(str(folder / "checkpoints"))
   steps, writes = entry.count_steps(run), distributed.is_process_zero()
-  policies = list_policy_stages(run.workdir)
+  policies = _find_policies(run.workdir)
   with (
     StageLog(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     ProfilerTrace(traced, str(folder / "trace"), log.print_note) as trace,
@@ -197,15 +221,16 @@ def _run_stage(
     distributed.on_process_zero(lambda: stage_outputs.forget_outputs(folder))
     watch = StageMonitor(stop, trace.step)
     watch.check(f"the next stage is {stage}")
-    summary = entry.run(run._replace(watch=watch), stage, folder, log)
+    with memory_faults.explain_exhaustion(run.config, stage):
+      summary = entry.run(run._replace(watch=watch), stage, folder, log)
     stop()  # Raises if the workdir was removed, so that no result of it counts as done.
     seconds = time.monotonic() - start
     log.print_note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
   if entry.is_measurement:
-    before = _read_done(run.workdir, stage).get("measured", {})
+    before = _read_done(run.workdir, stage).get(MEASURED, {})
     parts = dict.fromkeys(entry.parts(run.config), policies)
-    done["measured"] = before | parts
+    done[MEASURED] = before | parts
   distributed.on_process_zero(
     lambda: write_json(
       folder / "done.json", done | {"files": stage_outputs.hash_outputs(folder)}
@@ -219,18 +244,30 @@ def _read_done(root: pathlib.Path, stage: str) -> dict[str, Any]:
   return distributed.on_process_zero(lambda: read_json(path, default={}))
 
 
+def _find_policies(root: pathlib.Path) -> dict[str, float]:
+  """Returns the start of each policy's training, which identifies it, by stage.
+
+  Every process must call it.
+  """
+  stages = list_policy_stages(root)
+  return distributed.on_process_zero(
+    lambda: {stage: read_start(root / stage) for stage in stages}
+  )
+
+
 def is_done(config: ConfigDict, root: pathlib.Path, stage: str) -> bool:
   """Returns whether a stage is finished in a workdir. Every process must call it.
 
   A measurement is finished if all its parts have measured every current policy of the
-  workdir.
+  workdir. A policy that was trained again is another one.
   """
   done, entry = _read_done(root, stage), get_stage(stage)
   if not done or not entry.is_measurement:
     return bool(done)
-  policies, measured = set(list_policy_stages(root)), done.get("measured", {})
+  policies, measured = _find_policies(root), done.get(MEASURED, {})
   return all(
-    part in measured and policies <= set(measured[part]) for part in entry.parts(config)
+    part in measured and policies.items() <= measured[part].items()
+    for part in entry.parts(config)
   )
 
 

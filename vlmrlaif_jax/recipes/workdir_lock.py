@@ -42,6 +42,10 @@ class Holder(NamedTuple):
   heartbeat: float  # Unix time in seconds.
 
 
+class WorkdirInUse(UserError):
+  """An error because another run holds the workdir."""
+
+
 class LostLock(UserError):
   """An error because the workdir was removed, or taken over by another run."""
 
@@ -51,6 +55,7 @@ def hold_workdir(
   root: pathlib.Path,
   note: Callable[[str], None] = print,
   *,
+  on_taken: Callable[[LostLock], None] = lambda error: None,
   heartbeat_s: float | int = HEARTBEAT_S,
   stale_s: float | int = ABANDONED_S,
   has_flock: bool = True,
@@ -60,12 +65,14 @@ def hold_workdir(
   Args:
     root: The workdir, created if missing.
     note: Receives a line if the lock of a dead run is replaced.
+    on_taken: Called in a thread when another run has taken over the workdir, as it may
+      after this process was stopped for long. Each further write harms the other run.
     heartbeat_s: Seconds between two heartbeats.
     stale_s: Seconds without a heartbeat after which another host's lock is abandoned.
     has_flock: False to use heartbeats alone, as on a file system without flock.
 
   Raises:
-    UserError: Another run holds the workdir.
+    WorkdirInUse: Another run holds the workdir.
   """
   root.mkdir(parents=True, exist_ok=True)
   path = root / LOCK_FILE
@@ -75,7 +82,7 @@ def hold_workdir(
   try:
     _take(file, path, own, note, is_flocked=is_flocked, stale_s=stale_s)
     beat = threading.Thread(
-      target=_renew, args=(file, path, own, ended, heartbeat_s), daemon=True
+      target=_renew, args=(file, path, own, ended, heartbeat_s, on_taken), daemon=True
     )
     beat.start()
     try:
@@ -117,7 +124,7 @@ def _open_locked(path: pathlib.Path, *, has_flock: bool) -> tuple[int, bool]:
   """Opens the lock file; returns its descriptor and whether flock locks it.
 
   Raises:
-    UserError: A living process has the flock.
+    WorkdirInUse: A living process has the flock.
   """
   while True:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -164,7 +171,7 @@ def _take(
   """Writes the own name into the lock file unless its holder lives.
 
   Raises:
-    UserError: The holder lives.
+    WorkdirInUse: The holder lives.
   """
   if holder := read_holder(path):
     if not _is_dead(holder, is_flocked=is_flocked):
@@ -213,23 +220,30 @@ def _wait_until_stale(
       raise _make_refusal(path, now)
 
 
-def _make_refusal(path: pathlib.Path, holder: Holder | None) -> UserError:
+def _make_refusal(path: pathlib.Path, holder: Holder | None) -> WorkdirInUse:
   who = "another process"
   if holder:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.started))
     who = f"process {holder.pid} on {holder.host}, since {since}"
-  return UserError(
+  return WorkdirInUse(
     f"another run uses the workdir {path.parent}: {who}. Wait for its end, stop it, or "
     "give this run another --workdir"
   )
 
 
 def _renew(
-  file: int, path: pathlib.Path, own: Holder, ended: threading.Event, every_s: float
+  file: int,
+  path: pathlib.Path,
+  own: Holder,
+  ended: threading.Event,
+  every_s: float,
+  on_taken: Callable[[LostLock], None],
 ) -> None:
   """Renews the heartbeat until the run ends or another run has the lock."""
   while not ended.wait(every_s):
     if _is_lost(path, own):
+      if holder := read_holder(path):
+        on_taken(_make_taken(path, holder))
       return
     # A full disk or a short failure of a network must not end the run here.
     with contextlib.suppress(OSError):
@@ -273,7 +287,11 @@ def _check_own(path: pathlib.Path, own: Holder) -> None:
       f"the workdir {path.parent} or its {path.name} was removed during the run. "
       "Outputs in the folder may be incomplete: remove the folder, and start again"
     )
-  raise LostLock(
+  raise _make_taken(path, holder)
+
+
+def _make_taken(path: pathlib.Path, holder: Holder) -> LostLock:
+  return LostLock(
     f"process {holder.pid} on {holder.host} has taken over the workdir {path.parent}, "
     f"because this run gave no sign for {ABANDONED_S:.0f} s: continue the other run"
   )

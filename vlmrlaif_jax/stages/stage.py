@@ -176,6 +176,14 @@ def write_facts(
     write_json(path, {**facts, "started": time.time()})
 
 
+def read_start(folder: pathlib.Path) -> float:
+  """Returns the Unix time at which a stage started; 0 if stage.json is damaged."""
+  try:
+    return float(read_json(folder / "stage.json", default={}).get("started", 0.0))
+  except (ValueError, AttributeError, TypeError):
+    return 0.0
+
+
 @functools.cache
 def load_stages() -> dict[str, Stage]:
   """Imports the modules of the three packages and returns all stages by name."""
@@ -203,10 +211,7 @@ def _find_started_stages(workdir: pathlib.Path) -> list[str]:
   for folder in workdir.iterdir():
     stage = load_stages().get(split_round(folder.name)[0])
     if stage and stage.trains_policy:
-      facts = read_json(folder / "stage.json", default={})
-      entries.append(
-        (facts.get("started", 0.0), *split_round(folder.name), folder.name)
-      )
+      entries.append((read_start(folder), *split_round(folder.name), folder.name))
   return [name for *_, name in sorted(entries)]
 
 

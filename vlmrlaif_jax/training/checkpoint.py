@@ -14,6 +14,7 @@ survives a kill. The wait is short, because only trained parameters are saved.
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Iterator
 
 import jax
@@ -29,6 +30,7 @@ from vlmrlaif_jax.core.types import Params, TrainState
 # Errors of the machine, after which the files of a checkpoint may be intact.
 MACHINE_ERRORS = (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)
 
+REMOVE_S = 3.0  # Seconds to remove a step that could not be saved.
 MAX_CAUSE = 160  # Characters of an error of Orbax, which may fill pages.
 
 
@@ -84,8 +86,26 @@ def save_train_state(path: str, state: TrainState, step: int, *, keep: int) -> N
         f"{directory} already holds step {step}: resume from it, remove it, or "
         "save to another folder"
       )
-    # Without `force`, Orbax skips a step that is lower than the latest one.
-    manager.save(step, args=items, force=True)
+    try:
+      # Without `force`, Orbax skips a step that is lower than the latest one.
+      manager.save(step, args=items, force=True)
+    except Exception:
+      _remove_unfinished(directory, step)  # On a full disk its space is needed.
+      raise
+
+
+def _remove_unfinished(directory: epath.Path, step: int) -> None:
+  """Removes what a failed save has written of a step, as far as possible."""
+  if not distributed.is_process_zero():
+    return
+  deadline = time.monotonic() + REMOVE_S
+  while paths := [*directory.glob(f"{step}.orbax-checkpoint-tmp*")]:
+    for path in paths:
+      with contextlib.suppress(OSError):
+        path.rmtree()
+    if time.monotonic() > deadline:
+      return
+    time.sleep(0.05)  # Threads of Orbax may still write.
 
 
 def restore_checkpoint(

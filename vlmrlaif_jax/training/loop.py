@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmrlaif_jax.core.errors import note_place
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor, Stopped
 from vlmrlaif_jax.core.prefetch import prefetch
 from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
@@ -92,7 +93,7 @@ def run_training(
   rollouts = _Rollouts(job, phases, sample_key, range(start, plan.steps), samplers)
   for step in range(start, plan.steps):
     done = step + 1
-    with watch.step(step):
+    with watch.step(step), note_place(f"step {done} of {plan.steps}"):
       current = rollouts.take(step, state.params)
       with phases("update"):
         key_of_step = jax.random.fold_in(order_key, step)

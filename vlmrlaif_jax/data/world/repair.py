@@ -1,8 +1,8 @@
 """Repair of a rendered world: damaged videos and records are written again.
 
-hashes.json in the folder of the world has the hash of every video and file of records.
-A video depends on the seed, its split and its index alone, so that a damaged one is
-rendered again by itself.
+hashes.json in the folder of the world has the hash of every video, of the files of
+records and of those of the data set. A video depends on the seed, its split and its
+index alone, so that a damaged one is rendered again by itself.
 """
 
 import pathlib
@@ -31,75 +31,59 @@ def load_world(
     seed: Seed of the scenes.
     note: Receives a line for each repaired file.
   """
-  _build(folder, sizes, seed, note)
   hashes = _read_hashes(folder, note)
   damaged = [name for name in hashes if hash_file(folder / name) != hashes[name]]
   for name in damaged:
     note(f"world: {folder / name} is missing or damaged: writing it again")
-    path = folder / name
-    if path.suffix == ".mp4":
-      builder.make_records(path.parent.name, int(path.stem), seed=seed, folder=folder)
-    else:
-      path.unlink(missing_ok=True)
-  for split in sizes:
-    _write_records(folder, split, sizes, seed, note)
+    _repair(folder, pathlib.Path(name), seed)
+  for split, rows in _read_missing(folder, sizes, seed, note).items():
+    records = sorted(rows, key=lambda row: row["id"])
+    jsonl.write_records(folder / f"{split}.jsonl", records)
   if damaged or not hashes:
     names = [f"{split}.jsonl" for split in sizes]
-    videos = sorted((folder / "videos").glob("*/*.mp4"))
-    names += [str(path.relative_to(folder)) for path in videos]
+    for pattern in ("videos/*/*.mp4", f"{builder.World.name}/*/*"):
+      names += [str(path.relative_to(folder)) for path in sorted(folder.glob(pattern))]
     write_json(folder / HASHES, {name: hash_file(folder / name) for name in names})
 
 
-def _build(
+def _repair(folder: pathlib.Path, name: pathlib.Path, seed: int) -> None:
+  """Renders a damaged video; removes another damaged file, to be written again."""
+  if name.suffix == ".mp4":
+    builder.make_records(name.parent.name, int(name.stem), seed=seed, folder=folder)
+  elif name.parts[0] == builder.World.name:
+    shutil.rmtree(folder / builder.World.name, ignore_errors=True)
+  else:
+    (folder / name).unlink(missing_ok=True)
+
+
+def _read_missing(
   folder: pathlib.Path,
   sizes: Mapping[str, int],
   seed: int,
   note: Callable[[str], None],
-) -> None:
-  """Renders the world; again if the files of the data set are damaged."""
-  existed = (folder / builder.World.name).exists()
-  try:
+) -> dict[str, list[dict]]:
+  """Renders the world unless it exists; returns the records of splits without a file.
+
+  The world is rendered again if files of the data set are damaged.
+  """
+
+  def read() -> dict[str, list[dict]]:
     builder.build_world(folder, sizes=dict(sizes), seed=seed)
+    missing = [split for split in sizes if not (folder / f"{split}.jsonl").exists()]
+    return {split: builder.read_split(folder, split) for split in missing}
+
+  path = folder / builder.World.name
+  existed = path.exists()
+  try:
+    return read()
   except OSError:
     raise
   except Exception as error:  # Of several libraries that parse the files.
     if not existed:
       raise
-    _rebuild(folder, sizes, seed, note, error)
-
-
-def _rebuild(
-  folder: pathlib.Path,
-  sizes: Mapping[str, int],
-  seed: int,
-  note: Callable[[str], None],
-  error: Exception,
-) -> None:
-  path = folder / builder.World.name
-  note(f"world: {path} is damaged ({error}): rendering the world again")
-  shutil.rmtree(path)
-  builder.build_world(folder, sizes=dict(sizes), seed=seed)
-
-
-def _write_records(
-  folder: pathlib.Path,
-  split: str,
-  sizes: Mapping[str, int],
-  seed: int,
-  note: Callable[[str], None],
-) -> None:
-  """Writes the records of a split unless the file exists."""
-  path = folder / f"{split}.jsonl"
-  if path.exists():
-    return
-  try:
-    rows = builder.read_split(folder, split)
-  except OSError:
-    raise
-  except Exception as error:  # Of several libraries that parse the files.
-    _rebuild(folder, sizes, seed, note, error)
-    rows = builder.read_split(folder, split)
-  jsonl.write_records(path, sorted(rows, key=lambda row: row["id"]))
+    note(f"world: {path} is damaged ({error}): rendering the world again")
+    shutil.rmtree(path)
+    return read()
 
 
 def _read_hashes(folder: pathlib.Path, note: Callable[[str], None]) -> dict[str, str]:
