@@ -173,6 +173,8 @@ def data_7b() -> ConfigDict:
     records="data/sft.json",
     videos="data/videos",
     prompts="data/rl.json",
+    max_label_prompts=40_000,
+    max_prompts=100_000,
     prompt_len=768,
     response_len=896,
     workers=16,

@@ -65,6 +65,29 @@ def test_own_files_for_prompts_and_benchmark_are_used(config, tmp_path):
   assert len(splits.sft) == 20
 
 
+def test_prompts_for_labels_are_those_for_rl_or_others(config, tmp_path):
+  config.prompts = write(tmp_path, "prompts", [row(i, answer="") for i in (20, 21)])
+  splits, _ = load(config, tmp_path)
+  assert ids(splits.labels) == ["r20", "r21"]
+  config.label_prompts = write(
+    tmp_path, "labels", [row(i, answer="") for i in (40, 41)]
+  )
+  splits, _ = load(config, tmp_path)
+  assert ids(splits.prompts) == ["r20", "r21"] and ids(splits.labels) == ["r40", "r41"]
+
+
+def test_prompts_are_drawn_at_random_up_to_a_number(config, tmp_path):
+  every, _ = load(config, tmp_path)
+  config.max_prompts, config.max_label_prompts = 5, 7
+  splits, _ = load(config, tmp_path)
+  again, _ = load(config, tmp_path)
+  names = ids(splits.prompts)
+  assert len(names) == 5 and len(splits.labels) == 7 and splits == again
+  assert names == [name for name in ids(every.prompts) if name in names]
+  assert names != ids(every.prompts)[:5]
+  assert splits.sft == every.sft
+
+
 def test_benchmark_is_measured_by_answers_or_truth(config, tmp_path):
   truth = {"kind": "count", "answer": "Two."}
   rows = [row(30), row(31, answer="", truth=truth), row(32, answer="")]
@@ -106,6 +129,15 @@ def test_embedded_world_is_built_where_no_records_are_named(tmp_path):
   assert {len({e["video"] for e in part}) for part in splits[:3]} == {1, 2}
   assert all("scene" in example["truth"] for example in splits.benchmark)
   assert load(config, tmp_path)[0] == splits
+
+
+def test_the_world_has_videos_for_labels_of_their_own(tmp_path):
+  config = pipeline.default_config()
+  config.sizes = dict(sft=1, prompts=2, benchmark=1, labels=2)
+  splits, _ = load(config, tmp_path)
+  labels, prompts = ({e["video"] for e in x} for x in (splits.labels, splits.prompts))
+  assert len(labels) == 2 and not labels & prompts
+  assert all(not e["answer"] for e in splits.labels)
 
 
 @pytest.mark.parametrize("count", [0, 1])

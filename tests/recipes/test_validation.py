@@ -252,7 +252,7 @@ def test_a_warm_up_counts_updates_not_rollouts():
 # Text that a user is free to choose: paths, names and questions.
 FREE_TEXT = re.compile(
   r"(recipe|preset|stages"
-  r"|data\.(records|videos|prompts|benchmark|features)"
+  r"|data\.(records|videos|(label_)?prompts|benchmark|features)"
   r"|model\.(path|reward_model_path|tower)|(rm|dpo)\.preferences"
   r"|judges\.(pairs|scores|videos)"
   r"|evaluate\.(clip|(?!held_out\.)\w+\.(?!by$)\w+)"

@@ -27,9 +27,10 @@ class Splits(NamedTuple):
   """The examples of a run by purpose."""
 
   sft: Sequence[Example] = ()  # Examples for supervised fine-tuning.
-  prompts: Sequence[Example] = ()  # Prompts for labels and RL.
+  prompts: Sequence[Example] = ()  # Prompts for RL.
   benchmark: Sequence[Example] = ()  # Examples for evaluation.
   shifted: Sequence[Example] = ()  # A benchmark of videos that look different.
+  labels: Sequence[Example] = ()  # Prompts for labels, by default those for RL.
 
 
 def default_config() -> ConfigDict:
@@ -40,10 +41,14 @@ def default_config() -> ConfigDict:
       videos="",  # Folder of the videos that the records name.
       allow_outside=False,  # Whether trusted records may name files outside of it.
       prompts="",  # Records with prompts for RL; "" uses the questions of `records`.
+      label_prompts="",  # Records with prompts for labels; "" uses those for RL.
+      # Largest numbers of prompts, which are drawn at random; 0 for all.
+      max_prompts=0,
+      max_label_prompts=0,
       benchmark="",  # Records for evaluation; "" holds out a share of `records`.
       holdout=0.1,  # Share of `records` that is held out.
-      # Videos of each split of the embedded world.
-      sizes=dict(sft=500, prompts=500, benchmark=260, shifted=0),
+      # Videos of each split of the embedded world; labels=0 uses those of prompts.
+      sizes=dict(sft=500, prompts=500, benchmark=260, shifted=0, labels=0),
       prompt_len=placeholder(int),  # Tokens of a prompt, including the video's.
       response_len=placeholder(int),  # Tokens of a response, including EOS.
       workers=2,  # Processes that decode videos; 0 decodes in the main process.
@@ -64,6 +69,7 @@ def check(config: ConfigDict) -> None:
   with user_errors("data"):
     check_at_least(config, {"prompt_len": 1, "response_len": 1, "workers": 0})
     check_at_least(config, {"timeout_s": 0, "features_memory_gb": 0})
+    check_at_least(config, {"max_prompts": 0, "max_label_prompts": 0})
     check_decoder(config.decoder)
     if not 0 <= config.holdout < 1:
       raise ValueError(f"holdout must be at least 0 and below 1, not {config.holdout}")
@@ -89,8 +95,24 @@ def load_splits(
     UserError: All records are held out, and none is left to train on.
     ValueError: A file has no usable record.
   """
-  if not config.records:
-    return _load_world(config, folder, seed)
+  load = _load_files if config.records else _load_world
+  splits, problems = load(config, folder, seed, written)
+  labels = splits.labels or splits.prompts
+  return splits._replace(
+    prompts=_draw(splits.prompts, config.max_prompts, seed),
+    labels=_draw(labels, config.max_label_prompts, seed),
+  ), problems
+
+
+def _draw(examples: Sequence[Example], most: int, seed: int) -> Sequence[Example]:
+  """Returns a random selection of at most `most` examples, in their order; 0: all."""
+  if not most or len(examples) <= most:
+    return examples
+  drawn = np.random.default_rng([seed, 8]).permutation(len(examples))[:most]
+  return [examples[i] for i in sorted(drawn)]
+
+
+def _load_files(config, folder, seed, written) -> tuple[Splits, list[SkippedRecord]]:
   read = functools.partial(
     _read,
     videos=config.videos or None,
@@ -113,9 +135,14 @@ def load_splits(
   if config.prompts:
     prompts, more = read(config.prompts, need_answer=False)
     problems += more
-  prompts, more = keep_first_questions(prompts)
-  benchmark, others = keep_first_questions(benchmark)
-  return Splits(sft, prompts, benchmark), problems + more + others
+  labels: Sequence[Example] = ()
+  if config.label_prompts:
+    labels, more = read(config.label_prompts, need_answer=False)
+    problems += more
+  parts = [keep_first_questions(part) for part in (prompts, labels, benchmark)]
+  problems += [problem for _, others in parts for problem in others]
+  prompts, labels, benchmark = (examples for examples, _ in parts)
+  return Splits(sft, prompts, benchmark, labels=labels), problems
 
 
 def keep_first_questions(
@@ -143,7 +170,7 @@ def keep_first_questions(
   return selected, problems
 
 
-def _load_world(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
+def _load_world(config, folder, seed, _) -> tuple[Splits, list[SkippedRecord]]:
   """Renders the embedded world, and reads its splits like a user's files."""
   # TFDS takes half a second to import, and only this world needs it.
   from vlmrlaif_jax.data.world import repair

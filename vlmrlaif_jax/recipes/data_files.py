@@ -39,7 +39,9 @@ def hash_data_files(config: ConfigDict) -> dict[str, dict[str, str]]:
     of a benchmark's questions includes all of its files, and that of a reward function
     its name.
   """
-  names = {("data", name) for name in ("records", "prompts", "benchmark")}
+  names = {
+    ("data", name) for name in ("records", "prompts", "label_prompts", "benchmark")
+  }
   for stage in load_stages().values():
     names |= {(stage.section, name) for name in stage.files}
   hashes = {}

@@ -194,6 +194,7 @@ def check_paths(config: ConfigDict) -> None:
     ("data.records", "a .json, .jsonl or .parquet file with records for SFT"),
     ("data.videos", "the folder of the videos that the records name"),
     ("data.prompts", "a file of the same format with the prompts for RL"),
+    ("data.label_prompts", "a file of the same format with the prompts for labels"),
     ("data.benchmark", "a file of the same format for evaluation"),
   ]
   for stage in load_stages().values():

@@ -283,7 +283,7 @@ def _check_readable(
   problems: Sequence[records.SkippedRecord],
 ) -> None:
   """Raises UserError if no video of a split that the run needs can be read."""
-  needed = {"sft", "prompts"}
+  needed = {"sft", "prompts", "labels"}
   if "eval" in config.stages and "held_out" in config.evaluate.names:
     needed.add("benchmark")
   for name, before, after in zip(splits._fields, splits, readable, strict=True):
@@ -306,7 +306,12 @@ def _check_lengths(run: Run) -> None:
     lay_out=run.lay_out_video,
     prompt_len=data.prompt_len,
   )
-  for examples, answered in ((run.splits.sft, True), (run.splits.prompts, False)):
+  splits = run.splits
+  for examples, answered in (
+    (splits.sft, True),
+    (splits.prompts, False),
+    (splits.labels, False),
+  ):
     length = data.response_len if answered else 0
     reason = ""
     for example in examples:  # Almost always, the first one fits.

@@ -129,10 +129,10 @@ def test_the_shifted_split_alone_looks_unlike_the_others(tmp_path, monkeypatch):
   for split in builder.WORLD_SPLITS:
     (tmp_path / "videos" / split).mkdir(parents=True)
     builder.make_records(split, 0, seed=0, folder=tmp_path)
-  usual = [scene.USUAL_STYLE] * (len(builder.WORLD_SPLITS) - 1)
-  assert (
-    looks == [*usual, scene.SHIFTED_STYLE] and builder.WORLD_SPLITS[-1] == "shifted"
-  )
+  assert looks == [
+    scene.SHIFTED_STYLE if split == "shifted" else scene.USUAL_STYLE
+    for split in builder.WORLD_SPLITS
+  ]
 
 
 def test_unknown_split_is_an_error(tmp_path):

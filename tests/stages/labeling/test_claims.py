@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
-from tests.helpers.stage_runs import run_stage, save
+from tests.helpers.stage_runs import run_stage, save, untrained_lora
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.runtime import answering, role_params
@@ -242,16 +243,16 @@ def test_reference_logps_are_kept_for_the_same_weights_and_pairs_alone(done, tmp
   source = run.workdir / "claims_1" / "preferences.jsonl"
   pairs, _ = records.read_preferences(source, videos=run.config.data.videos)
   _, frozen = role_params.make_policy_roles(run, "sft_long")
-  _, moved = role_params.make_policy_roles(run, "dpo_1")
+  moved = merge_params(frozen["policy"], noisy(untrained_lora(run), 9, 0.1))
   first = dpo.compute_reference_logps(run, frozen["ref"], pairs, path)
   assert first.shape == (len(pairs), 2) and (first < 0).all()
   mark_rows(path, -7.0)  # So that what is read can be told from what is computed.
   assert (dpo.compute_reference_logps(run, frozen["ref"], pairs, path) == -7.0).all()
-  other = dpo.compute_reference_logps(run, moved["ref"], pairs, path)
+  other = dpo.compute_reference_logps(run, moved, pairs, path)
   assert not np.allclose(other, first, atol=1e-4) and not (other == -7.0).any()
   mark_rows(path, -7.0)
   swapped = [{**pair, "preference": 3 - pair["preference"]} for pair in pairs]
-  again = dpo.compute_reference_logps(run, moved["ref"], swapped, path)
+  again = dpo.compute_reference_logps(run, moved, swapped, path)
   np.testing.assert_allclose(again, other[:, ::-1], rtol=1e-4)
 
 

@@ -101,7 +101,7 @@ def made_up_run(workdir, **settings):
     base=None, reward_model_base=None, 
     tokenizer=tokenization.load_tokenizer(tiny), stops=(0,),
     template=tokenization.get_template("brief"),
-    processor=processor, splits=pipeline.Splits(prompts=examples),
+    processor=processor, splits=pipeline.Splits(labels=examples),
     features=features.FeatureStore(files, layouts, {}, {}),
   )  # fmt: skip
 
@@ -162,7 +162,7 @@ def test_truth_as_the_judge_is_asked_nothing_and_always_right(tmp_path, monkeypa
 def test_truth_cannot_judge_what_it_does_not_know(tmp_path, monkeypatch):
   monkeypatch.setattr(pairwise.answering, "answer_requests", scripted([]))
   run = made_up_run(tmp_path, judge="truth")
-  for example in run.splits.prompts:
+  for example in run.splits.labels:
     del example["truth"]
   with pytest.raises(UserError, match="kept_1"):
     run_stage(run)
@@ -181,7 +181,7 @@ def test_kept_pairs_are_read_as_preferences(scripted_run):
     ["kept_2", *SCRIPT["kept_2"], 2],
     ["fooled", *SCRIPT["fooled"], 2],
   ]
-  videos = {e["id"]: e["video"] for e in run.splits.prompts}
+  videos = {e["id"]: e["video"] for e in run.splits.labels}
   assert [p["video"] for p in pairs] == [videos[p["id"]] for p in pairs]
 
 

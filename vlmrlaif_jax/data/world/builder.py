@@ -32,8 +32,14 @@ PROMPT_MIX = {
 
 # The index of a split seeds its random numbers. The videos of "shifted", a benchmark,
 # look different from all others.
-WORLD_SPLITS = ("pretrain", "sft", "prompts", "benchmark", "shifted")
-QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5, "shifted": 5}
+WORLD_SPLITS = ("pretrain", "sft", "prompts", "benchmark", "shifted", "labels")
+QUESTIONS_PER_VIDEO = {
+  "sft": 2,
+  "prompts": 3,
+  "benchmark": 5,
+  "shifted": 5,
+  "labels": 3,
+}
 
 
 class _LocalInfo(tfds.core.DatasetInfo):

@@ -114,7 +114,7 @@ def select_round_prompts(run: Run, number: int) -> list[Example]:
   """Returns the prompts of a round, counted from 1, without the held-out ones."""
   config = run.config.claims
   prompts, _ = pipeline.split_for_training(
-    run.splits.prompts, config.holdout, run.config.seed, "claims.holdout"
+    run.splits.labels, config.holdout, run.config.seed, "claims.holdout"
   )
   count = min(config.prompts or len(prompts), len(prompts))
   indices = pipeline.shuffled_row_indices(
@@ -126,7 +126,7 @@ def select_round_prompts(run: Run, number: int) -> list[Example]:
 def select_held_out_prompts(run: Run) -> list[Example]:
   """Returns the held-out prompts, which no round uses."""
   config = run.config.claims
-  return pipeline.split_held_out(run.splits.prompts, config.holdout, run.config.seed)[1]
+  return pipeline.split_held_out(run.splits.labels, config.holdout, run.config.seed)[1]
 
 
 def label_claims(

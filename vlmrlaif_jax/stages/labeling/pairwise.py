@@ -103,13 +103,13 @@ def is_read(config: ConfigDict) -> bool:
 
 def count_label_blocks(run: Run) -> int:
   """Returns the number of blocks."""
-  return math.ceil(len(run.splits.prompts) / run.config.label.block)
+  return math.ceil(len(run.splits.labels) / run.config.label.block)
 
 
 def run_label_stage(
   run: Run, stage: str, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
-  """Labels run.splits.prompts with the SFT policy, block by block.
+  """Labels run.splits.labels with the SFT policy, block by block.
 
   Returns:
     The content of rates.json; see compute_label_rates.
@@ -119,7 +119,7 @@ def run_label_stage(
       for captions is too long.
   """
   variables = role_params.load_judge(run, "sft")
-  prompts = run.splits.prompts
+  prompts = run.splits.labels
   server: AskFn | None = None
   if run.config.label.judge == "endpoint":
     config = run.config.label.endpoint
