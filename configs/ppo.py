@@ -35,7 +35,7 @@ def tiny() -> ConfigDict:
     kl_coef=0.3,
     save_every=10,
     samples_every=5,
-    optimizer=dict(learning_rate=5e-4, warmup_steps=4),
+    optimizer=dict(learning_rate=1.2e-3, warmup_steps=4),
   )
   config.evaluate = front.evaluate_tiny()
   return config
