@@ -68,8 +68,9 @@ class DecoderBlock(LayerSettings):
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
   ) -> tuple[HiddenStates, KVCache]:
-    lora_settings = dict(rank=self.rank, alpha=self.alpha, dropout=self.dropout)
-    dense = functools.partial(Dense, **lora_settings, **self.types)
+    dense = functools.partial(
+      Dense, rank=self.rank, alpha=self.alpha, dropout=self.dropout, **self.types
+    )
     norm = functools.partial(RMSNorm, self.eps, self.param_dtype)
     embed = x.shape[-1]
     head_dim = self.head_dim or embed // self.heads
