@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -118,11 +120,24 @@ def test_a_read_only_disk_is_one_line(whole, disk, tmpdir, stage):
   check_nothing_left(mine / "run", tmpdir)
 
 
-as_root = pytest.mark.skipif(
-  os.getuid() != 0, reason="only root can run as another user"
-)
 NOBODY = 65534
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+START_PYTHON = (
+  "import subprocess, sys; subprocess.check_call([sys.executable, '-c', ''])"
+)
+
+
+def can_be_nobody():
+  """Whether root runs this, and other users may start the interpreter."""
+  command = [*AS_NOBODY, sys.executable, "-c", START_PYTHON]
+  return (
+    os.getuid() == 0 and not subprocess.run(command, capture_output=True).returncode
+  )
+
+
+as_root = pytest.mark.skipif(
+  not can_be_nobody(), reason="only root can run as another user"
+)
 HOME = {"HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
