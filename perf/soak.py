@@ -1,7 +1,7 @@
 """Soak tests of the launcher: memory over many steps, and many restarts.
 
-JAX_PLATFORMS=cpu python perf/soak.py --workdir=/tmp/soak --steps=300
-JAX_PLATFORMS=cpu python perf/soak.py --workdir=/tmp/soak --restarts=30
+JAX_PLATFORMS=cpu python perf/soak.py --folder=/tmp/soak --steps=300
+JAX_PLATFORMS=cpu python perf/soak.py --folder=/tmp/soak --restarts=30
 
 The first command records the resident memory, the open file descriptors and the threads
 of a PPO run after each step, and fails if they grow. The second sends SIGTERM at random
@@ -28,12 +28,12 @@ from absl import app, flags
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
+FOLDER = flags.DEFINE_string("folder", None, "Folder of the runs.", required=True)
 STEPS = flags.DEFINE_integer("steps", 300, "PPO steps of the run that is measured.")
 RESTARTS = flags.DEFINE_integer("restarts", 0, "Signals to send; 0 measures memory.")
 LONGEST_S = flags.DEFINE_float("longest_s", 30.0, "Longest time before a signal.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the times of the signals.")
-EXTRA = flags.DEFINE_multi_string("set", [], "More settings: SECTION.NAME=VALUE.")
+SEED = flags.DEFINE_integer("signal_seed", 0, "Seed of the times of the signals.")
+EXTRA = flags.DEFINE_multi_string("setting", [], "More settings: SECTION.NAME=VALUE.")
 
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo")
 SETTINGS = {  # All stages are so small that most of the time is PPO's.
@@ -242,7 +242,7 @@ def main(argv: list[str]) -> None:
   if not RESTARTS.value and STEPS.value <= 2 * WARM_UP:
     raise app.UsageError(f"--steps must be above {2 * WARM_UP}, got {STEPS.value}")
   settings = SETTINGS | dict(each.split("=", 1) for each in EXTRA.value)
-  root = pathlib.Path(WORKDIR.value)
+  root = pathlib.Path(FOLDER.value)
   root.mkdir(parents=True, exist_ok=True)
   start = time.monotonic()
   if RESTARTS.value:

@@ -120,7 +120,7 @@ def test_preset_is_kept_but_for_paths_and_sizes(workdir):
   used = json.loads((workdir / "config.json").read_text())["model"]
   preset = front.model_7b().to_dict()
   changed = {key for key, value in used.items() if value != preset[key]}
-  sizes = {"frames", "clip_frames", "lora_rank"}
+  sizes = {"frames", "clip_frames", "lora_rank", "sft_lora_rank"}
   assert changed == {"path", "reward_model_path", *sizes}
 
 

@@ -31,7 +31,7 @@ class Bigrams:
   def apply(variables, *groups, method, **settings):
     table = variables["params"]["table"]
     if method == "hidden_groups":
-      assert settings == {"shared": True}
+      assert settings == {"shared": True, "rngs": None}
       return GroupStates(
         table[groups[0].prompts.tokens[:, -1]], table[groups[0].tokens]
       )

@@ -128,7 +128,9 @@ def noisy(tree, seed, scale=0.1):
 def roles():
   """(params, frozen): every role, each trained one with weights of its own."""
   variables = jax.jit(HEADED.init)(jax.random.key(0), prompts())
-  variables = {"params": variables["params"], "lora": noisy(variables["lora"], 1)}
+  # Larger than at the start of training, so that responses differ.
+  lora = jax.tree.map(lambda x: 6**0.5 * x, variables["lora"])
+  variables = {"params": variables["params"], "lora": noisy(lora, 1)}
   head = variables["params"].pop("head")
   base, lora = {"params": noisy(variables["params"], 2, 0.05)}, variables["lora"]
   scorer = lambda seed: {

@@ -158,7 +158,8 @@ def test_tokens_are_of_the_policy_so_many_updates_before(tmp_path, staleness):
   )
 
   def sample(step, at):
-    key = jax.random.fold_in(jax.random.key(0), step)
+    key_of_stage, _ = jax.random.split(jax.random.key(0))  # The other one shuffles.
+    key = jax.random.fold_in(key_of_stage, step)
     rows = generate(None, params[at]["policy"], prompts(step), key, samples=SAMPLES)
     return np.asarray(rows.batch.tokens)[:, START:]
 

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from vlmrlaif_jax.core import jsonl
+from vlmrlaif_jax.core import files, jsonl
 from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, ResumableError, UserError
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
@@ -84,11 +84,10 @@ def test_other_errors_keep_their_traceback(tmp_path, error):
 
 def test_a_write_without_space_names_its_file(tmp_path, monkeypatch):
   path = tmp_path / "rates.json"
-  real = pathlib.Path.open
-  fill = lambda self, mode="r", **more: (
-    real(FULL, "wb") if mode == "xb" else real(self, mode, **more)
+  fill = lambda path, mode="r", **more: (
+    open(FULL, "wb") if mode == "xb" else open(path, mode, **more)
   )
-  monkeypatch.setattr(pathlib.Path, "open", fill)
+  monkeypatch.setattr(files, "open", fill, raising=False)
   for write in (
     lambda: write_json(path, {}),
     lambda: jsonl.write_records(path, [{}]),
