@@ -45,7 +45,7 @@ def comparison(results, before, after):
 )
 def test_verdict_follows_the_interval(low, high, mean, end):
   assert tables.format_verdict(run(results(low, high, mean), "sft", "ppo")) == (
-    "Correct answers, held-out videos: PPO 50.0 % [47.0, 53.0], "
+    "Correct answers, held-out questions: PPO 50.0 % [47.0, 53.0], "
     f"SFT 50.0 % [47.0, 53.0]. Difference: {end}"
   )
 
@@ -53,7 +53,8 @@ def test_verdict_follows_the_interval(low, high, mean, end):
 def test_verdict_of_one_policy_compares_nothing():
   only = {"policies": {"sft": {"accuracy": {"mean": 0.5}}}}
   assert tables.format_verdict(run(only, "sft", "sft")) == (
-    "Correct answers, held-out videos: SFT 50.0 %. There is no other policy to compare."
+    "Correct answers, held-out questions: SFT 50.0 %. "
+    "There is no other policy to compare."
   )
 
 

@@ -22,7 +22,7 @@ from vlmrlaif_jax.report.files import Workdir, read_json_or_empty, read_stage_fa
 
 KIND_SUFFIXES = (".accuracy", ".f1")  # Of measures of one kind of question.
 MEASURES = {  # Labels of the measures of held-out questions.
-  "mean_of_kinds": "Mean over kinds of questions",
+  "mean_of_kinds": "Mean over kinds",
   "accuracy": "Correct answers",
   "hallucination": "Unsupported statements",
   "judge_score": "Judge's score",
@@ -64,7 +64,7 @@ def format_verdict(run: Workdir) -> str:
     f"{name.upper()} {format_interval(policies[name][measure], PERCENT)}"
     for name in dict.fromkeys([after, before])
   ]
-  sentence = f"{MEASURES[measure]}, held-out videos: {', '.join(values)}."
+  sentence = f"{MEASURES[measure]}, held-out questions: {', '.join(values)}."
   if before == after:
     return f"{sentence} There is no other policy to compare."
   change = get_difference(run, measure)

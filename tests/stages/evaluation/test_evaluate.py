@@ -311,7 +311,7 @@ def test_answers_are_as_the_report_reads_them(run_of, tmp_path, asked):
   shown = open_report_workdir(tmp_path, "eval")
   assert page.count_outcomes(shown)["corrected"] == 8
   said = tables.format_verdict(shown)
-  assert said.startswith("Mean over kinds of questions, held-out videos: PPO 100.0 %")
+  assert said.startswith("Mean over kinds, held-out questions: PPO 100.0 %")
 
 
 def test_table_shows_policies_and_difference(run_of, tmp_path, asked):
