@@ -321,7 +321,7 @@ DROPOUT_KEY = "dropout"
 
 def select_rngs(frozen: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the random keys of an update for `apply`; none without dropout."""
-  return {name: frozen[name] for name in (DROPOUT_KEY,) if name in frozen}
+  return {DROPOUT_KEY: frozen[DROPOUT_KEY]} if DROPOUT_KEY in frozen else {}
 
 
 def is_stop(tokens: Int[AnyArray, "*rows"], stops: Stops) -> Bool[AnyArray, "*rows"]:

@@ -131,9 +131,8 @@ def run_workers(
 ) -> Iterator[Any]:
   """Yields the answer to each request in order, or the reason why there is none.
 
-  A process that exceeds the time limit or dies is replaced. Only its current request
-  fails. A request during which a process died is sent to a second one, because the
-  cause may be the machine: a process that needs memory may end another one's decoder.
+  A process that exceeds the time limit or dies is replaced. A request during which one
+  died is sent to a second one: a program that needs memory may have ended the first.
   A worker waits until its answer is read, which bounds the memory of answers.
 
   Args:

@@ -110,30 +110,12 @@ def make_update(
     has no items. Such an update changes the step number only.
   """
 
-  def sum_part(params, frozen, key, part):
-    """Computes weight * gradient, weight * metrics and weight in float32."""
-    frozen = frozen if key is None else {**frozen, DROPOUT_KEY: key}
-
-    def compute_mean(params):
-      out = loss(params, frozen, part)
-      return out.mean, out
-
-    grads, out = jax.grad(compute_mean, has_aux=True)(params)
-    weight = out.weight.astype(jnp.float32)
-
-    def scale(x):
-      # A part without items has an undefined mean.
-      return jnp.where(weight > 0, weight * x.astype(jnp.float32), 0.0)
-
-    metrics = {**out.metrics, "loss": out.mean}
-    return jax.tree.map(scale, grads), jax.tree.map(scale, metrics), weight
-
   def update(state, frozen, experience):
     keys = None
     if dropout_key is not None:
       keys = jax.random.split(jax.random.fold_in(dropout_key, state.step), microbatches)
     parts = keys, _split_batch(experience, microbatches)
-    sum_one = lambda part: sum_part(state.params, frozen, *part)
+    sum_one = lambda part: _sum_part(loss, state.params, frozen, *part)
     shapes = jax.eval_shape(sum_one, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, part: (jax.tree.map(jnp.add, total, sum_one(part)), None)
@@ -150,6 +132,31 @@ def make_update(
     return state, metrics
 
   return update
+
+
+def _sum_part(
+  loss: Callable[[Params, Params, Any], Loss],
+  params: Params,
+  frozen: Params,
+  key: Key[Array, ""] | None,
+  part: Any,
+) -> tuple[Params, Metrics, Float[Array, ""]]:
+  """Computes weight * gradient, weight * metrics and weight of a part, in float32."""
+  frozen = frozen if key is None else {**frozen, DROPOUT_KEY: key}
+
+  def compute_mean(params):
+    out = loss(params, frozen, part)
+    return out.mean, out
+
+  grads, out = jax.grad(compute_mean, has_aux=True)(params)
+  weight = out.weight.astype(jnp.float32)
+
+  def scale(x):
+    # A part without items has an undefined mean.
+    return jnp.where(weight > 0, weight * x.astype(jnp.float32), 0.0)
+
+  metrics = {**out.metrics, "loss": out.mean}
+  return jax.tree.map(scale, grads), jax.tree.map(scale, metrics), weight
 
 
 def _apply_gradient(

@@ -21,20 +21,13 @@ from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.run import Run
 
-# Rewards of answers from log p, log p_ref and the number of tokens.
-SELF_REWARDS: dict[str, Callable[..., np.ndarray]] = {
-  "mean": lambda logps, ref, lengths: compute_self_rewards(
-    logps, ref, lengths, beta=1.0
-  ),
-  "total": lambda logps, ref, lengths: compute_self_rewards(
-    logps, ref, np.minimum(lengths, 1), beta=1.0
-  ),
-  "logp": lambda logps, ref, lengths: compute_self_rewards(
-    logps, np.zeros_like(ref), lengths, beta=1.0
-  ),
-  "ref_logp": lambda logps, ref, lengths: compute_self_rewards(
-    ref, np.zeros_like(ref), lengths, beta=1.0
-  ),
+# Functions of log p, log p_ref and the number of tokens that return what
+# compute_self_rewards reads: log-probabilities, those of a reference, and lengths.
+SELF_REWARDS: dict[str, Callable[..., tuple[np.ndarray, ...]]] = {
+  "mean": lambda logps, ref, lengths: (logps, ref, lengths),
+  "total": lambda logps, ref, lengths: (logps, ref, np.minimum(lengths, 1)),
+  "logp": lambda logps, ref, lengths: (logps, np.zeros_like(ref), lengths),
+  "ref_logp": lambda logps, ref, lengths: (ref, np.zeros_like(ref), lengths),
 }
 
 
@@ -114,7 +107,10 @@ def _make_reply_scorer(run: Run, variables: Params, reference: Params):
       run, score, examples, texts, scoring.SCORING_BATCH
     )
     scores = [each.reshape(len(queries), -1) for each in scores]
-    return {name: reward(*scores) for name, reward in SELF_REWARDS.items()}
+    return {
+      name: compute_self_rewards(*select(*scores), beta=1.0)
+      for name, select in SELF_REWARDS.items()
+    }
 
   return score_replies
 

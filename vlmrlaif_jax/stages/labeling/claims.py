@@ -148,8 +148,7 @@ def label_claims(
   policy = answering.Answerer(run, frozen["ref"], sampling)
 
   make = lambda block: make_claim_rows(policy, [examples[i] for i in block], labeler)
-  digest = run.features.digest
-  facts = [(e["id"], e["question"], digest(e["video"])) for e in examples]
+  facts = [(e["id"], e["question"], run.features.digest(e["video"])) for e in examples]
   rows = resumable.load_or_compute(
     folder / "answers.jsonl",
     run.watch.wrap_blocks(make),
@@ -201,9 +200,8 @@ def make_labeler(
   if config.labeler == "endpoint":
     yes_no = claims.ask_yes_no(server())
   else:
-    variables = run.base
-    if config.labeler == "sft":
-      variables = role_params.load_judge(run, "sft")
+    is_sft = config.labeler == "sft"
+    variables = role_params.load_judge(run, "sft") if is_sft else run.base
     yes_no = lambda queries: claim_probabilities.compute_yes_no_probs(
       run, variables, queries, length=config.check_len, rows=config.check_rows
     )

@@ -216,28 +216,34 @@ def select_checkpoint(
     measurements.append(measure(step, params))
   log.print_table(
     f"{folder.name}: claims of greedy responses to {len(examples)} held-out prompts; "
-    "the score is the accepted claims of right responses minus all denied claims, "
-    "per response",
+    "score: accepted claims of right responses minus all denied ones, per response",
     measurements,
   )
   # Of equal scores, the last one is selected.
   best = max(reversed(measurements), key=lambda row: row["score"])
   if not best["step"]:
-    log.print_note(
-      f"{folder.name}: no checkpoint is better than the start of the round, which "
-      "stays the policy: run fewer rounds, lower "
-      "--config.dpo.optimizer.learning_rate, or raise --config.dpo.sft_coef"
-    )
-    if 0 not in checkpoint.list_steps(checkpoints):
-      start = TrainState(jnp.int32(0), like, jnp.zeros(1))
-      keep = len(measurements)  # All others, and this one.
-      checkpoint.save_train_state(checkpoints, start, 0, keep=keep)
+    _keep_start(like, folder, log)
   chosen = {**best, "of": measurements}
   distributed.on_process_zero(lambda: write_json(folder / "selected.json", chosen))
   log.print_note(
     f"{folder.name}: selected step {best['step']}, {best['denied']:.1%} denied"
   )
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}
+
+
+def _keep_start(like: Params, folder: pathlib.Path, log: StageLog) -> None:
+  """Saves the start of a round as step 0, which stays the policy, and prints a note."""
+  log.print_note(
+    f"{folder.name}: no checkpoint is better than the start of the round, which "
+    "stays the policy: run fewer rounds, lower "
+    "--config.dpo.optimizer.learning_rate, or raise --config.dpo.sft_coef"
+  )
+  checkpoints = str(folder / "checkpoints")
+  steps = checkpoint.list_steps(checkpoints)
+  if 0 not in steps:
+    start = TrainState(jnp.int32(0), like, jnp.zeros(1))
+    keep = len(steps) + 1  # All others, and this one.
+    checkpoint.save_train_state(checkpoints, start, 0, keep=keep)
 
 
 def score_claims(rows: Sequence[JsonRow], right: Sequence[bool]) -> float:
